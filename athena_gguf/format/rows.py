@@ -1,0 +1,156 @@
+"""Rows of symbols to bytes and back, and the NumPy reference decoder (`docs/format.md`, "Row" and "Value")."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from athena_gguf.format.scales import decode_scale
+from athena_gguf.format.types import GROUP, LANES, SUPERBLOCK, AType
+
+U8 = npt.NDArray[np.uint8]
+
+
+def row_bytes(kind: AType, columns: int) -> int:
+    """Bytes of a row. Raises ValueError if `columns` is no positive multiple of 64."""
+    if columns <= 0 or columns % GROUP:
+        raise ValueError(f"{kind.name} rows need a multiple of {GROUP} columns, not {columns}")
+    return columns // GROUP * kind.group_bytes
+
+
+def windows(kind: AType, symbols: U8) -> U8:
+    """The 4-bit window w_t of every weight; `symbols` and the result are [rows, columns] in column order."""
+    steps = symbols.reshape(symbols.shape[0], -1, LANES)
+    before = np.zeros_like(steps)
+    before[:, 1:] = steps[:, :-1]
+    if kind.bits == 2:
+        w = steps << 2 | before
+    elif kind.bits == 3:
+        w = steps >> 1 << 2 | (steps & 1) << 1 | before & 1
+    else:
+        w = steps
+    return w.reshape(symbols.shape)
+
+
+def levels(kind: AType, symbols: U8) -> npt.NDArray[np.int8]:
+    """The unscaled integer value T1[w_t] + T2[w_{t-d}] - 64 of every weight, [rows, columns]."""
+    w = windows(kind, symbols)
+    shift = kind.delay * LANES
+    delayed = np.zeros_like(w)
+    delayed[:, shift:] = w[:, :-shift]
+    return (kind.table1[w].astype(np.int16) + kind.table2[delayed] - 64).astype(np.int8)
+
+
+def pack_rows(kind: AType, symbols: U8, scale_bytes: U8) -> U8:
+    """Symbols [rows, columns] below 2^bits and scale bytes [rows, columns / 64] to rows of bytes [rows, row_bytes]."""
+    rows, columns = symbols.shape
+    size = row_bytes(kind, columns)
+    if scale_bytes.shape != (rows, columns // GROUP):
+        raise ValueError(f"scale bytes have shape {scale_bytes.shape}, not {(rows, columns // GROUP)}")
+    if symbols.size and int(symbols.max()) >> kind.bits:
+        raise ValueError(f"a symbol is larger than {kind.bits} bits")
+    full = columns // SUPERBLOCK
+    cut = full * SUPERBLOCK
+    head = _pack_superblocks(kind, symbols[:, :cut].reshape(rows, full, 8, LANES), scale_bytes[:, : full * 4])
+    tail = _pack_tails(kind, symbols[:, cut:].reshape(rows, -1, 2, LANES), scale_bytes[:, full * 4 :])
+    out = np.concatenate([head, tail], axis=1)
+    assert out.shape == (rows, size)
+    return out
+
+
+def unpack_rows(kind: AType, data: U8, columns: int) -> tuple[U8, U8]:
+    """The inverse of `pack_rows`: symbols [rows, columns] and scale bytes [rows, columns / 64]."""
+    size = row_bytes(kind, columns)
+    if data.ndim != 2 or data.shape[1] != size:
+        raise ValueError(f"{kind.name} rows of {columns} columns have {size} bytes, not {data.shape}")
+    rows = data.shape[0]
+    full = columns // SUPERBLOCK
+    cut = full * 4 * kind.group_bytes
+    s_head, b_head = _unpack_superblocks(kind, data[:, :cut].reshape(rows, full, 4 * kind.group_bytes))
+    s_tail, b_tail = _unpack_tails(kind, data[:, cut:].reshape(rows, -1, kind.group_bytes))
+    return np.concatenate([s_head, s_tail], axis=1), np.concatenate([b_head, b_tail], axis=1)
+
+
+def decode_rows(kind: AType, data: U8, columns: int) -> npt.NDArray[np.float32]:
+    """Rows of bytes [rows, row_bytes] to float32 weights [rows, columns]; the reference for every other decoder."""
+    symbols, scale_bytes = unpack_rows(kind, data, columns)
+    return levels(kind, symbols).astype(np.float32) * np.repeat(decode_scale(scale_bytes), GROUP, axis=1)
+
+
+def _fields(bytes_: U8, width: int) -> U8:
+    """Split every byte into its 8 / width fields, lowest first, as a new axis before the last one."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    return bytes_[..., None, :] >> shifts[:, None] & np.uint8((1 << width) - 1)
+
+
+def _join(fields: U8, width: int) -> U8:
+    """The inverse of `_fields`: [..., 8 / width, n] to [..., n]."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    return np.bitwise_or.reduce(fields << shifts[:, None], axis=-2)
+
+
+def _pack_superblocks(kind: AType, s: U8, scales: U8) -> U8:
+    """`s` [rows, blocks, 8 steps, 32 lanes]."""
+    rows, blocks = s.shape[:2]
+    parts = [scales.reshape(rows, blocks, 4)]
+    if kind.bits == 4:
+        parts.append(_join(s.reshape(rows, blocks, 4, 2, LANES), 4))
+    else:
+        high = s if kind.bits == 2 else s >> 1
+        parts.append(_join(high.reshape(rows, blocks, 2, 4, LANES), 2))
+        if kind.bits == 3:
+            parts.append(_join(s & 1, 1))
+    flat = [p.reshape(rows, blocks, math.prod(p.shape[2:])) for p in parts]
+    return np.concatenate(flat, axis=2).reshape(rows, blocks * 4 * kind.group_bytes)
+
+
+def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
+    rows, blocks = data.shape[:2]
+    scales, planes = data[..., :4], data[..., 4:]
+    if kind.bits == 4:
+        s = _fields(planes.reshape(rows, blocks, 4, LANES), 4)
+    else:
+        s = _fields(planes[..., :64].reshape(rows, blocks, 2, LANES), 2)
+        if kind.bits == 3:
+            low = _fields(planes[..., 64:].reshape(rows, blocks, 1, LANES), 1)
+            s = s << 1 | low.reshape(s.shape)
+    return s.reshape(rows, blocks * SUPERBLOCK), scales.reshape(rows, blocks * 4)
+
+
+def _pack_tails(kind: AType, s: U8, scales: U8) -> U8:
+    """`s` [rows, blocks, 2 steps, 32 lanes]. A byte holds both steps of lanes j, j + n, ...: n bytes a plane."""
+    rows, blocks = s.shape[:2]
+    parts = [scales.reshape(rows, blocks, 1)]
+    if kind.bits == 4:
+        parts.append(_join(s, 4))
+    else:
+        parts.append(_tail_plane(s if kind.bits == 2 else s >> 1, 2))
+        if kind.bits == 3:
+            parts.append(_tail_plane(s & 1, 1))
+    return np.concatenate(parts, axis=2).reshape(rows, blocks * kind.group_bytes)
+
+
+def _tail_plane(s: U8, width: int) -> U8:
+    rows, blocks = s.shape[:2]
+    share = 8 // (2 * width)  # lanes that share a byte
+    lanes = s.reshape(rows, blocks, 2, share, LANES // share).swapaxes(2, 3)
+    return _join(lanes.reshape(rows, blocks, 2 * share, LANES // share), width)
+
+
+def _tail_fields(data: U8, width: int) -> U8:
+    rows, blocks = data.shape[:2]
+    share = 8 // (2 * width)
+    lanes = _fields(data, width).reshape(rows, blocks, share, 2, LANES // share).swapaxes(2, 3)
+    return lanes.reshape(rows, blocks, 2, LANES)
+
+
+def _unpack_tails(kind: AType, data: U8) -> tuple[U8, U8]:
+    rows, blocks = data.shape[:2]
+    scales, planes = data[..., :1], data[..., 1:]
+    if kind.bits == 4:
+        s = _fields(planes, 4)  # [rows, blocks, 2, 32]
+    else:
+        s = _tail_fields(planes[..., :16], 2)
+        if kind.bits == 3:
+            s = s << 1 | _tail_fields(planes[..., 16:], 1)
+    return s.reshape(rows, blocks * GROUP), scales.reshape(rows, blocks)
