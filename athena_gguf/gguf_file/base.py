@@ -1,0 +1,61 @@
+"""The BF16 base file, through llama.cpp's own converter."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file.atomic import temporary_beside
+
+_SUFFIXES = (".safetensors", ".bin")
+
+
+def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | None = None) -> None:
+    """Convert a Hugging Face model directory to a BF16 GGUF with `convert_hf_to_gguf.py` of the runtime's source tree.
+
+    The tree is fetched if it is not there. `out_path` appears only when it is complete. Raises AthenaError if the
+    directory is no model, its weights are truncated or corrupt, or the converter does not know the architecture.
+    """
+    model_dir, out_path = Path(model_dir), Path(out_path).absolute()
+    check_model(model_dir)
+    from athena_gguf.runtime import source_tree
+
+    tree = source_tree(runtime_dir)
+    with temporary_beside(out_path) as temporary, tempfile.TemporaryFile() as said:
+        command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(model_dir.absolute())]
+        command += ["--outtype", "bf16", "--outfile", str(temporary)]
+        environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
+        result = subprocess.run(command, stdout=said, stderr=said, env=environment)
+        if result.returncode:
+            said.seek(0)
+            raise AthenaError(f"{model_dir} cannot be converted: {_reason(said.read().decode(errors='replace'))}")
+
+
+def check_model(model_dir: Path) -> None:
+    """Raise AthenaError unless `model_dir` has a config.json and whole weight files."""
+    if not model_dir.is_dir():
+        raise AthenaError(f"{model_dir} is no directory; give a Hugging Face model directory")
+    if not (model_dir / "config.json").is_file():
+        raise AthenaError(f"{model_dir} has no config.json; give a Hugging Face model directory")
+    weights = sorted(path for path in model_dir.iterdir() if path.suffix in _SUFFIXES)
+    if not weights:
+        raise AthenaError(f"{model_dir} has no weights (*.safetensors)")
+    from safetensors import SafetensorError, safe_open
+
+    for path in weights:
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AthenaError(f"{path} is truncated or corrupt ({error}); download it again") from error
+
+
+def _reason(text: str) -> str:
+    """The line of the converter's output that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").partition(":")[2] for line in lines if line.startswith("ERROR:")]
+    return (errors or lines[-1:] or ["the converter said nothing"])[-1].strip()

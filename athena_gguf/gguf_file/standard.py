@@ -1,0 +1,31 @@
+"""Float matrices to ggml's standard types, through gguf-py."""
+
+import numpy as np
+import numpy.typing as npt
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file import types
+
+STANDARD_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+
+def quantize(values: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.uint8]:
+    """Float32 weights [..., columns] to bytes [..., bytes of a row] of a type of `STANDARD_TYPES`.
+
+    Raises AthenaError for another type, or if the columns are no multiple of the type's block.
+    """
+    if type_name not in STANDARD_TYPES:
+        raise AthenaError(f"{type_name} is not one of the standard types {', '.join(STANDARD_TYPES)}")
+    try:
+        width = types.row_bytes(type_name, values.shape[-1])
+    except ValueError as error:
+        raise AthenaError(str(error)) from None
+    values = np.ascontiguousarray(values, np.float32)
+    if type_name in ("F32", "F16"):
+        plain: npt.NDArray[np.uint8] = values.astype(np.float16 if type_name == "F16" else np.float32).view(np.uint8)
+        return plain.reshape(*values.shape[:-1], width)
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    out = gguf.quants.quantize(values, kind).view(np.uint8)
+    return out.reshape(*values.shape[:-1], width)

@@ -1,0 +1,134 @@
+"""Configure and build the tools with CMake; nothing is done again when nothing changed."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.runtime.places import binary_dir, locked, resolve
+from athena_gguf.runtime.tree import make_tree
+
+TOOLS = (
+    "llama-cli",
+    "llama-completion",
+    "llama-server",
+    "llama-bench",
+    "llama-perplexity",
+    "llama-quantize",
+    "llama-imatrix",
+)
+TESTS = ("test-quantize-fns", "test-backend-ops")
+
+# No download while building (the server's web page and OpenSSL, which it needs only to fetch models), no part that
+# none of the tools uses, and a version that does not depend on a git repository around the build folder.
+OPTIONS = (
+    "CMAKE_BUILD_TYPE=Release",
+    "GGML_NATIVE=ON",
+    "LLAMA_BUILD_APP=OFF",
+    "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_NUMBER=0",
+    "LLAMA_BUILD_COMMIT=athena",
+    "LLAMA_BUILD_UI=OFF",
+    "LLAMA_OPENSSL=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",
+)
+
+
+def build(
+    folder: Path | None = None,
+    *,
+    checkout: Path | None = None,
+    source: Path | None = None,
+    jobs: int | None = None,
+    tests: bool = False,
+) -> Path:
+    """Fetch, patch and build llama.cpp in `folder` (`default_dir()` if None); the folder of the binaries.
+
+    `checkout`, `source`: as in `source_tree`. `jobs`: parallel compilers, all cores if None. `tests`: also llama.cpp's
+    own tests of the tensor types. Raises AthenaError naming what is missing, or the compiler's first error.
+    """
+    folder = resolve(folder)
+    with locked(folder):
+        cmake = _require_tools()
+        tree, fingerprint = make_tree(folder, checkout, source)
+        stamp = folder / "build.json"
+        targets = [*TOOLS, *(TESTS if tests else ())]
+        state = {"source": fingerprint, "options": OPTIONS, "machine": _machine()}
+        key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        done = _done(stamp, key)
+        if set(targets) <= done and all(_exists(name, folder) for name in targets):
+            return binary_dir(folder)
+        stamp.unlink(missing_ok=True)
+        _compile(cmake, folder, tree, targets, jobs, tests or any(name in done for name in TESTS))
+        stamp.write_text(json.dumps({"key": key, "targets": sorted({*targets, *done})}))
+        return binary_dir(folder)
+
+
+def _require_tools() -> str:
+    cmake = shutil.which("cmake")
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)
+    missing = [] if cmake else ["CMake (package cmake)"]
+    if not compiler:
+        missing.append("a C++17 compiler (package g++ or clang; on macOS: xcode-select --install)")
+    if not (shutil.which("ninja") or shutil.which("make") or shutil.which("cl")):
+        missing.append("Ninja or make (package ninja-build or make)")
+    if missing or not cmake:
+        raise AthenaError("building llama.cpp needs " + ", ".join(missing) + "; install what is missing and try again")
+    return cmake
+
+
+def _compile(cmake: str, folder: Path, tree: Path, targets: list[str], jobs: int | None, tests: bool) -> None:
+    where = folder / "build"
+    configure = [cmake, "-S", str(tree), "-B", str(where), *(f"-D{option}" for option in OPTIONS)]
+    configure.append(f"-DLLAMA_BUILD_TESTS={'ON' if tests else 'OFF'}")
+    if shutil.which("ninja") and not (where / "CMakeCache.txt").exists():
+        configure += ["-G", "Ninja"]
+    environment = dict(os.environ)
+    # lets ccache share objects between runtime folders
+    environment.setdefault("CCACHE_BASEDIR", str(folder))
+    environment.setdefault("CCACHE_NOHASHDIR", "1")
+    log = folder / "build.log"
+    make = [cmake, "--build", str(where), "--config", "Release", "--parallel", str(jobs or os.cpu_count() or 1)]
+    with open(log, "w") as out:
+        for step, command in (("configure", configure), ("build", [*make, "--target", *targets])):
+            result = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            if result.returncode:
+                raise AthenaError(f"CMake could not {step} llama.cpp: {_first_error(log)} (all of it: {log})")
+
+
+def _first_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    marks = ("error:", "CMake Error")
+    for number, line in enumerate(lines):
+        if any(mark in line for mark in marks):
+            detail = " ".join(part.strip() for part in lines[number + 1 : number + 3]) if "CMake Error" in line else ""
+            return f"{line.strip()} {detail}".strip()
+    return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def _machine() -> str:
+    """What a native build depends on: another CPU behind the same home directory needs its own."""
+    flags = ""
+    try:
+        with open("/proc/cpuinfo") as info:
+            flags = next((line for line in info if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        flags = platform.processor()
+    return platform.machine() + hashlib.sha256(flags.encode()).hexdigest()
+
+
+def _done(stamp: Path, key: str) -> set[str]:
+    """The targets that the stamp says were built from exactly this."""
+    try:
+        state = json.loads(stamp.read_text())
+        return set(state["targets"]) if state["key"] == key else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _exists(name: str, folder: Path) -> bool:
+    return any((binary_dir(folder) / (name + end)).is_file() for end in ("", ".exe"))

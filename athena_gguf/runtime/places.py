@@ -1,0 +1,68 @@
+"""Where the runtime lives: `DIR/llama.cpp` is the patched source, `DIR/build/bin` holds the binaries."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import athena_gguf
+from athena_gguf.errors import AthenaError
+
+
+def default_dir() -> Path:
+    """`$ATHENA_GGUF_RUNTIME`, or `athena-gguf/runtime` in the user's cache directory."""
+    chosen = os.environ.get("ATHENA_GGUF_RUNTIME")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "athena-gguf" / "runtime"
+
+
+def resolve(folder: Path | None) -> Path:
+    return default_dir() if folder is None else folder.expanduser().absolute()
+
+
+def patch_dir() -> Path:
+    """The folder `ggml_patch`: inside the installed package, or beside it in a source checkout."""
+    package = Path(athena_gguf.__file__).parent
+    for candidate in (package / "ggml_patch", package.parent / "ggml_patch"):
+        if (candidate / "llama.cpp.patch").is_file():
+            return candidate
+    raise AthenaError(f"{package} comes without ggml_patch/llama.cpp.patch; reinstall athena-gguf")
+
+
+def binary_dir(folder: Path | None = None) -> Path:
+    """The folder of the built binaries; `folder` is the runtime's, `default_dir()` if None."""
+    return resolve(folder) / "build" / "bin"
+
+
+def binary(name: str, folder: Path | None = None) -> Path:
+    """A built tool such as `llama-completion`. Raises AthenaError if it is not built."""
+    path = binary_dir(folder) / (name + (".exe" if sys.platform == "win32" else ""))
+    if not path.is_file():
+        raise AthenaError(f"{path} does not exist; run `athena-gguf runtime build` first")
+    return path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the runtime folder for one process at a time (where the platform has flock)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise AthenaError(f"{folder}: {error.strerror}; choose another folder with --dir") from error
+    with handle:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            pass
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
