@@ -1,0 +1,177 @@
+"""How far a file's predictions are from its base's: llama-perplexity's KL divergence, read back as numbers."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from athena_gguf import progress
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file.atomic import require_space, temporary_beside
+from athena_gguf.gguf_file.reader import GGUFFile
+from athena_gguf.report.inspection import bits_per_weight
+from athena_gguf.runtime.places import binary
+
+WINDOW = 512  # tokens; the second half of each is scored
+DEFAULT_WINDOWS = 60
+_LOGITS_MAGIC = b"_logits_"
+_NUMBER = r"\s*([-+\d.einfa]+)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`kld`: mean KL divergence from the base (nats a token), `same_top`: share (0 to 1) of tokens with the same most
+    probable successor, `bytes`: of the file, `bpw`: bits of all tensors a weight; `*_error`: standard errors."""
+
+    kld: float
+    kld_error: float
+    kld_median: float
+    kld_99: float
+    kld_999: float
+    kld_max: float
+    ppl: float
+    ppl_error: float
+    ppl_base: float
+    ppl_ratio: float
+    ppl_ratio_error: float
+    same_top: float
+    bytes: int
+    bpw: float
+    windows: int
+    seconds: float
+
+
+_PATTERNS = {
+    "kld": rf"Mean\s+KLD:{_NUMBER}",
+    "kld_error": rf"Mean\s+KLD:{_NUMBER} ±{_NUMBER}",
+    "kld_median": rf"Median\s+KLD:{_NUMBER}",
+    "kld_99": rf"99\.0%\s+KLD:{_NUMBER}",
+    "kld_999": rf"99\.9%\s+KLD:{_NUMBER}",
+    "kld_max": rf"Maximum KLD:{_NUMBER}",
+    "ppl": rf"Mean PPL\(Q\)\s*:{_NUMBER}",
+    "ppl_error": rf"Mean PPL\(Q\)\s*:{_NUMBER} ±{_NUMBER}",
+    "ppl_base": rf"Mean PPL\(base\)\s*:{_NUMBER}",
+    "ppl_ratio": rf"Mean PPL\(Q\)/PPL\(base\)\s*:{_NUMBER}",
+    "ppl_ratio_error": rf"Mean PPL\(Q\)/PPL\(base\)\s*:{_NUMBER} ±{_NUMBER}",
+    "same_top": rf"Same top p:{_NUMBER}",
+}
+
+
+def evaluate(
+    file: Path,
+    base: Path,
+    text: Path,
+    *,
+    windows: int = DEFAULT_WINDOWS,
+    base_logits: Path | None = None,
+    threads: int | None = None,
+) -> Evaluation:
+    """Compare `file` with `base` over the first `windows` windows of 512 tokens of `text` (fewer if it is shorter).
+
+    `base_logits`: where the base's logits are kept and, if they are of the same base, text and windows, used again.
+    Raises AthenaError if a file is unreadable, the runtime not built, the text too short, or the disk too full.
+    """
+    perplexity = binary("llama-perplexity")
+    try:
+        text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
+    except OSError as error:
+        raise AthenaError(f"{text}: {error.strerror}") from error
+    with GGUFFile(base) as opened:
+        tokens = opened.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
+    # 16-bit log-probabilities of the scored half of a window, and four more values a token
+    size = min(windows, text.stat().st_size // WINDOW + 1) * (WINDOW // 2) * (len(tokens) + 5) * 2
+    common = ["-c", str(WINDOW), *(["-t", str(threads)] if threads else [])]
+    make = [str(perplexity), "-m", str(base), "-f", str(text), "--chunks", str(windows), *common]
+    with GGUFFile(file) as opened:
+        n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
+    with tempfile.TemporaryDirectory(prefix="athena-eval-") as scratch:
+        logits = base_logits or Path(scratch, "logits")
+        _prepare_logits(logits, make, base, {"text": text_hash, "windows": windows}, size)
+        start = time.monotonic()
+        compare = [str(perplexity), "-m", str(file), "--kl-divergence", "--kl-divergence-base", str(logits), *common]
+        with progress.stage(f"Comparing {file.name}"):
+            said = _run(compare, file)
+        seconds = time.monotonic() - start
+    found = parse_statistics(said)
+    chunks = re.search(r"computing over (\d+) chunks", said)
+    if found is None or chunks is None:
+        raise AthenaError(f"llama-perplexity could not compare {file} with {base}: {_complaint(said)}")
+    return Evaluation(bytes=n_bytes, bpw=bpw, windows=int(chunks[1]), seconds=seconds, **found)
+
+
+def parse_statistics(said: str) -> dict[str, float] | None:
+    """The numbers that `llama-perplexity --kl-divergence` prints, None if any is missing."""
+    found = {}
+    for name, pattern in _PATTERNS.items():
+        match = re.search(pattern, said)
+        if match is None:
+            return None
+        found[name] = float(match[match.lastindex or 1])
+    found["same_top"] /= 100
+    return found
+
+
+def print_evaluation(
+    file: Path,
+    base: Path,
+    text: Path,
+    windows: int,
+    base_logits: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """The result of `evaluate` on stdout."""
+    result = evaluate(file, base, text, windows=windows, base_logits=base_logits, threads=threads)
+    if as_json:
+        print(json.dumps(asdict(result), indent=1))
+        return
+    print(f"KL divergence   {result.kld:.6f} ± {result.kld_error:.6f}  (median {result.kld_median:.6f})")
+    print(f"perplexity      {result.ppl:.4f}, base {result.ppl_base:.4f}, ratio {result.ppl_ratio:.4f}")
+    print(f"same top token  {100 * result.same_top:.2f}%")
+    print(f"size            {result.bytes / 1024**2:.2f} MiB, {result.bpw:.3f} bits a weight")
+    print(f"windows         {result.windows} of {WINDOW} tokens in {result.seconds:.1f} s")
+
+
+def _prepare_logits(logits: Path, make: list[str], base: Path, inputs: dict[str, object], size: int) -> None:
+    """Let the base file's logits be in `logits`; a file beside it says what they were made of."""
+    stat = base.stat()
+    wanted = inputs | {"base": str(base.absolute()), "base_bytes": stat.st_size, "base_mtime_ns": stat.st_mtime_ns}
+    stamp = logits.with_name(logits.name + ".json")
+    if logits.exists():
+        with open(logits, "rb") as handle:
+            if handle.read(len(_LOGITS_MAGIC)) != _LOGITS_MAGIC:
+                raise AthenaError(f"{logits} exists and holds no logits; give --base-logits another name")
+        try:
+            if json.loads(stamp.read_text()) == wanted:
+                return
+        except (OSError, ValueError):
+            pass
+    require_space(logits.absolute().parent, size, f"the logits of {base.name}")
+    stamp.unlink(missing_ok=True)
+    with temporary_beside(logits) as temporary, progress.stage(f"Logits of {base.name}"):
+        said = _run([*make, "--kl-divergence-base", str(temporary)], base)
+        with open(temporary, "rb") as handle:
+            if handle.read(len(_LOGITS_MAGIC)) != _LOGITS_MAGIC:
+                raise AthenaError(f"llama-perplexity made no logits of {base}: {_complaint(said)}")
+    stamp.write_text(json.dumps(wanted))
+
+
+def _run(command: list[str], file: Path) -> str:
+    """What the tool printed. Raises AthenaError if it fails; a Ctrl-C reaches it too and ends both."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    said = result.stdout.decode(errors="replace")
+    if result.returncode:
+        raise AthenaError(f"llama-perplexity failed on {file} (exit code {result.returncode}): {_complaint(said)}")
+    return said
+
+
+def _complaint(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    marked = [line for line in lines if re.search(r"error|fail|invalid|need at least", line, re.IGNORECASE)]
+    return (marked or lines[-1:] or ["it said nothing"])[0]
