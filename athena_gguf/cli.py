@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Context
 from typer.core import TyperGroup
 
 from athena_gguf import __version__
@@ -15,7 +14,7 @@ from athena_gguf.errors import AthenaError
 class _Commands(TyperGroup):
     """An AthenaError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except AthenaError as error:

@@ -1,19 +1,45 @@
-"""Fixtures shared by the tests; the scripts of tools/ are importable by name."""
+"""Fixtures shared by the tests: a small GGUF file made by gguf-py, and the built runtime."""
 
-import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+import athena_gguf.runtime
 
 
 @pytest.fixture(scope="session")
-def demo_directory() -> Path:
-    """The demo model under the git-ignored demo/, where scripts/quickstart puts it too; a 93 MB download, once."""
-    import demo_model
+def runtime() -> Path:
+    """The folder of the built binaries, llama.cpp's type tests among them; does nothing if they are built."""
+    return athena_gguf.runtime.build(tests=True)
 
-    directory = ROOT / "demo" / "SmolLM2-135M-Instruct"
-    demo_model.make(directory)
-    return directory
+
+@pytest.fixture
+def tiny_gguf(tmp_path: Path) -> Path:
+    """A file with every kind of metadata value and tensors of four types, written by gguf-py."""
+    path = tmp_path / "tiny.gguf"
+    rng = np.random.default_rng(7)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("a.uint32", 2**32 - 1)
+    writer.add_int8("a.int8", -3)
+    writer.add_uint64("a.uint64", 2**63)
+    writer.add_float32("a.float32", 0.5)
+    writer.add_float64("a.float64", 1 / 3)
+    writer.add_bool("a.bool", True)
+    writer.add_string("a.string", "Größe")
+    writer.add_array("a.strings", ["one", "two", "", "drei", "vier"])
+    writer.add_array("a.numbers", [1, -2, 3])
+    writer.add_array("a.floats", [0.25, -8.0])
+    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_BF16))
+    writer.add_tensor("norm.weight", rng.standard_normal(96).astype(np.float32))
+    matrix = rng.standard_normal((6, 128)).astype(np.float32)
+    for name, kind in (("linear.weight", "BF16"), ("embedding.weight", "Q8_0")):
+        data = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("experts.weight", rng.standard_normal((3, 4, 64)).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

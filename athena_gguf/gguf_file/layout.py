@@ -74,7 +74,24 @@ class Cursor:
         # each element takes at least its length field, so a huge count cannot make a huge list
         if count * 8 > len(self.buffer) - self.at:
             raise self.fail(f"{what} claims {count} elements")
+        if inner == STRING:
+            return self._strings(count, what)
         return [self.value(inner, what, depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int, what: str) -> list[Value]:
+        """As `value` for each, but fast: a vocabulary has hundreds of thousands."""
+        strings: list[Value] = []
+        buffer, at, end = self.buffer, self.at, len(self.buffer)
+        length = struct.Struct("<Q")
+        for _ in range(count):
+            stop = at + 8 + length.unpack_from(buffer, at)[0] if at + 8 <= end else end + 1
+            if stop > end:
+                self.at = at
+                self.take(end - at + 1, what)
+            strings.append(str(buffer[at + 8 : stop], "utf-8", "replace"))
+            at = stop
+        self.at = at
+        return strings
 
 
 def read_field(cursor: Cursor, key: str) -> Field:

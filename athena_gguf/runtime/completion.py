@@ -1,5 +1,6 @@
 """Answer one prompt with llama-completion: the answer as it comes on stdout, the speed on stderr."""
 
+import io
 import re
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def complete(
     command += ["-t", str(threads)] if threads else []
     with tempfile.TemporaryFile() as log:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
-            assert process.stdout is not None
+            assert isinstance(process.stdout, io.BufferedReader)
             try:
                 copy_answer(process.stdout, sys.stdout.buffer)
             except BaseException:
@@ -67,10 +68,10 @@ def complete(
         progress.note(f"{'prompt' if what == 'prompt eval' else 'answer'}: {count} tokens, {speed} tokens/s")
 
 
-def copy_answer(source: BinaryIO, target: BinaryIO) -> None:
-    """Pass bytes on as they come, without the end mark and the line ends after the answer, with one line end instead."""
+def copy_answer(source: io.BufferedReader, target: BinaryIO) -> None:
+    """Pass bytes on as they come; the end mark and line ends after the answer become one line end."""
     held = b""
-    while piece := source.read1(4096) if hasattr(source, "read1") else source.read(4096):
+    while piece := source.read1(4096):
         held += piece
         keep = _held_back(held)
         target.write(held[: len(held) - keep])
