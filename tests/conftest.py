@@ -1,5 +1,9 @@
-"""Fixtures shared by the tests: a small GGUF file made by gguf-py, and the built runtime."""
+"""Fixtures shared by the tests: a small GGUF file made by gguf-py, the built runtime, the demo model.
 
+The scripts of tools/ are importable by name.
+"""
+
+import sys
 from pathlib import Path
 
 import gguf
@@ -8,11 +12,24 @@ import pytest
 
 import athena_gguf.runtime
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
 
 @pytest.fixture(scope="session")
 def runtime() -> Path:
     """The folder of the built binaries, llama.cpp's type tests among them; does nothing if they are built."""
     return athena_gguf.runtime.build(tests=True)
+
+
+@pytest.fixture(scope="session")
+def demo_directory() -> Path:
+    """The demo model under the git-ignored demo/, where scripts/quickstart puts it too; a 93 MB download, once."""
+    import demo_model
+
+    directory = ROOT / "demo" / "SmolLM2-135M-Instruct"
+    demo_model.make(directory)
+    return directory
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import update_format_doc
 from make_golden import decode_plainly
 
+from athena_gguf.cli import app
 from athena_gguf.format import FORMAT_VERSION, TYPES, decode_rows, decode_scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,3 +66,29 @@ def test_links_between_documents_lead_somewhere():
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of a command such as ["runtime", "build"]; fails if there is no such command."""
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def test_the_readme_names_commands_and_options_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `athena-gguf ([a-z]+(?: [a-z]+)*)(.*)$", text, flags=re.M)
+    assert {words.split()[0] for words, _ in rows} == set(typer.main.get_command(app).commands)
+    for words, rest in rows:
+        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", rest)) <= options_of(words.split()), words
+
+
+def test_the_quickstart_uses_commands_and_options_that_exist():
+    text = (ROOT / "scripts" / "quickstart").read_text(encoding="utf-8")
+    calls = re.findall(r"athena-gguf ([a-z]+(?: (?:build|path))?)\b(.*)$", text, flags=re.M)
+    assert {words for words, _ in calls} >= {"runtime build", "base", "convert", "run"}
+    for words, rest in calls:
+        options = {word for word in re.split(r"[\s)\"]+", rest) if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+        if words != "runtime path":  # what follows there belongs to llama-bench
+            assert options <= options_of(words.split()), words
