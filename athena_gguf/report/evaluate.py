@@ -14,6 +14,7 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import require_space, temporary_beside
 from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.report.inspection import bits_per_weight
+from athena_gguf.runtime.messages import complaint
 from athena_gguf.runtime.places import binary
 
 WINDOW = 512  # tokens; the second half of each is scored
@@ -101,7 +102,7 @@ def evaluate(
     found = parse_statistics(said)
     chunks = re.search(r"computing over (\d+) chunks", said)
     if found is None or chunks is None:
-        raise AthenaError(f"llama-perplexity could not compare {file} with {base}: {_complaint(said)}")
+        raise AthenaError(f"llama-perplexity could not compare {file} with {base}: {complaint(said)}")
     return Evaluation(bytes=n_bytes, bpw=bpw, windows=int(chunks[1]), seconds=seconds, **found)
 
 
@@ -156,9 +157,8 @@ def _prepare_logits(logits: Path, make: list[str], base: Path, inputs: dict[str,
     stamp.unlink(missing_ok=True)
     with temporary_beside(logits) as temporary, progress.stage(f"Logits of {base.name}"):
         said = _run([*make, "--kl-divergence-base", str(temporary)], base)
-        with open(temporary, "rb") as handle:
-            if handle.read(len(_LOGITS_MAGIC)) != _LOGITS_MAGIC:
-                raise AthenaError(f"llama-perplexity made no logits of {base}: {_complaint(said)}")
+        if "Final estimate" not in said:  # the exit code is 0 whatever happens
+            raise AthenaError(f"llama-perplexity made no logits of {base}: {complaint(said)}")
     stamp.write_text(json.dumps(wanted))
 
 
@@ -167,11 +167,5 @@ def _run(command: list[str], file: Path) -> str:
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     said = result.stdout.decode(errors="replace")
     if result.returncode:
-        raise AthenaError(f"llama-perplexity failed on {file} (exit code {result.returncode}): {_complaint(said)}")
+        raise AthenaError(f"llama-perplexity failed on {file} (exit code {result.returncode}): {complaint(said)}")
     return said
-
-
-def _complaint(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    marked = [line for line in lines if re.search(r"error|fail|invalid|need at least", line, re.IGNORECASE)]
-    return (marked or lines[-1:] or ["it said nothing"])[0]

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import GGUFFile
+from athena_gguf.runtime.messages import complaint
 from athena_gguf.runtime.places import binary
 
 _END = b" [end of text]"  # what the tool prints after the answer
@@ -63,7 +64,7 @@ def complete(
         log.seek(0)
         said = log.read().decode(errors="replace")
     if process.returncode:
-        raise AthenaError(f"llama-completion failed on {file} (exit code {process.returncode}): {_complaint(said)}")
+        raise AthenaError(f"llama-completion failed on {file} (exit code {process.returncode}): {complaint(said)}")
     for what, count, speed in _SPEED.findall(said):
         progress.note(f"{'prompt' if what == 'prompt eval' else 'answer'}: {count} tokens, {speed} tokens/s")
 
@@ -88,9 +89,3 @@ def _held_back(data: bytes) -> int:
         if body.endswith(_END[:size]) and (size == len(_END) or len(body) == len(data)):
             return len(data) - len(body) + size
     return len(data) - len(body)
-
-
-def _complaint(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    marked = [line for line in lines if re.search(r"error|fail|invalid", line, re.IGNORECASE)]
-    return (marked or lines[-1:] or ["it said nothing"])[0]
