@@ -1,0 +1,129 @@
+"""The console script as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from athena_gguf import cli, progress
+from athena_gguf.errors import AthenaError
+from athena_gguf.runtime import make
+
+
+def athena(*arguments, **settings):
+    code = "import sys; from athena_gguf.cli import main; sys.argv[0] = 'athena-gguf'; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | settings
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([c, "--help"] for c in ("convert", "base", "inspect", "eval", "run"))]
+)
+def test_help(arguments):
+    result = athena(*arguments, NO_COLOR="1", COLUMNS="100")
+    assert result.returncode == 0 and "Usage:" in result.stdout
+
+
+def test_help_and_inspect_import_nothing_heavy(tiny_gguf):
+    code = (
+        "import sys; from athena_gguf import cli; from athena_gguf.report.inspection import inspect_file\n"
+        f"inspect_file({str(tiny_gguf)!r})\n"
+        "print([m for m in ('torch', 'transformers', 'numba', 'safetensors') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = "import sys; from athena_gguf import cli; print('numpy' in sys.modules, 'gguf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
+
+
+def test_errors_are_one_line(tmp_path):
+    result = athena("inspect", tmp_path / "absent.gguf")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "absent.gguf" in result.stderr
+
+
+def test_no_runtime_is_said(tmp_path, tiny_gguf):
+    empty = {"ATHENA_GGUF_RUNTIME": str(tmp_path / "none")}
+    for arguments in (["runtime", "path"], ["run", tiny_gguf, "-p", "x"]):
+        result = athena(*arguments, **empty)
+        assert result.returncode == 1 and "athena-gguf runtime build" in result.stderr
+    text = tmp_path / "text"
+    text.write_text("some words")
+    result = athena("eval", tiny_gguf, "--base", tiny_gguf, "--text", text, **empty)
+    assert result.returncode == 1 and "athena-gguf runtime build" in result.stderr
+
+
+def test_wrong_use_is_no_traceback():
+    result = athena("run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("raised", "code"), [(AthenaError("no\n  room"), 1), (KeyboardInterrupt(), 130)])
+def test_exit_codes(monkeypatch, tmp_path, raised, code):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("athena_gguf.runtime.build", fail)
+    result = CliRunner().invoke(cli.app, ["runtime", "build"])
+    assert result.exit_code == code
+    if code == 1:
+        assert result.stderr == "error: no room\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_ctrl_c_is_130(tmp_path):
+    code = (
+        "import os, signal; from athena_gguf import cli; from athena_gguf.report import inspection\n"
+        "inspection.print_inspection = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import sys; sys.argv = ['athena-gguf', 'inspect', 'x']; cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 130 and "Traceback" not in result.stderr
+
+
+def test_inspect_json(tiny_gguf):
+    result = athena("inspect", tiny_gguf, "--json")
+    found = json.loads(result.stdout)
+    assert found["bytes"] == tiny_gguf.stat().st_size
+    assert found["metadata"]["a.strings"] == {"count": 5, "first": ["one", "two", "", "drei"]}
+    assert found["metadata"]["a.numbers"] == [1, -2, 3]
+    linear = next(t for t in found["tensors"] if t["name"] == "linear.weight")
+    assert linear == {"name": "linear.weight", "type": "BF16", "shape": [6, 128], "bytes": 1536, "bpw": 16.0}
+    assert found["types"]["Q8_0"] == {"tensors": 1, "weights": 768, "bytes": 816, "bpw": 8.5}
+    assert found["weights"] == 96 + 768 + 768 + 768
+    assert found["tensor_bytes"] == 96 * 4 + 1536 + 816 + 1536
+    assert found["bpw"] == pytest.approx(found["tensor_bytes"] * 8 / found["weights"])
+
+
+def test_inspect_text(tiny_gguf):
+    result = athena("inspect", tiny_gguf)
+    assert result.returncode == 0
+    assert "a.string = 'Größe'" in result.stdout and "5 items: 'one', 'two', '', 'drei', ..." in result.stdout
+    assert "3 x 4 x 64" in result.stdout and "14.240 bits a weight" in result.stdout
+
+
+def test_runtime_build_options_reach_it(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr("athena_gguf.runtime.build", lambda folder, **rest: seen.update(folder=folder, **rest))
+    arguments = ["runtime", "build", "--dir", str(tmp_path), "--llama-cpp", "src", "--jobs", "3", "--tests"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert seen["folder"] == tmp_path and str(seen["checkout"]) == "src"
+    assert (seen["jobs"], seen["tests"], seen["source"]) == (3, True, None)
+    assert "llama-server" in make.TOOLS
+
+
+def test_plain_progress(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    with progress.stage("first"):
+        pass
+    with progress.bar("second", 4) as advance:
+        for _ in range(4):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "first ..." and lines[1].startswith("first: ")
+    assert [line.split(" after")[0] for line in lines[3:-1]] == ["second: 25%", "second: 50%", "second: 75%"]
+    assert lines[-1].startswith("second: ") and lines[-1].endswith(" s")
