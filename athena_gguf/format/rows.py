@@ -9,6 +9,7 @@ from athena_gguf.format.scales import decode_scale
 from athena_gguf.format.types import GROUP, LANES, SUPERBLOCK, AType
 
 U8 = npt.NDArray[np.uint8]
+ONE, TWO = np.uint8(1), np.uint8(2)  # keep bytes bytes, for NumPy and for mypy
 
 
 def row_bytes(kind: AType, columns: int) -> int:
@@ -24,9 +25,9 @@ def windows(kind: AType, symbols: U8) -> U8:
     before = np.zeros_like(steps)
     before[:, 1:] = steps[:, :-1]
     if kind.bits == 2:
-        w = steps << 2 | before
+        w = steps << TWO | before
     elif kind.bits == 3:
-        w = steps >> 1 << 2 | (steps & 1) << 1 | before & 1
+        w = steps >> ONE << TWO | (steps & ONE) << ONE | before & ONE
     else:
         w = steps
     return w.reshape(symbols.shape)
@@ -96,10 +97,10 @@ def _pack_superblocks(kind: AType, s: U8, scales: U8) -> U8:
     if kind.bits == 4:
         parts.append(_join(s.reshape(rows, blocks, 4, 2, LANES), 4))
     else:
-        high = s if kind.bits == 2 else s >> 1
+        high = s if kind.bits == 2 else s >> ONE
         parts.append(_join(high.reshape(rows, blocks, 2, 4, LANES), 2))
         if kind.bits == 3:
-            parts.append(_join(s & 1, 1))
+            parts.append(_join(s & ONE, 1))
     flat = [p.reshape(rows, blocks, math.prod(p.shape[2:])) for p in parts]
     return np.concatenate(flat, axis=2).reshape(rows, blocks * 4 * kind.group_bytes)
 
@@ -113,7 +114,7 @@ def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
         s = _fields(planes[..., :64].reshape(rows, blocks, 2, LANES), 2)
         if kind.bits == 3:
             low = _fields(planes[..., 64:].reshape(rows, blocks, 1, LANES), 1)
-            s = s << 1 | low.reshape(s.shape)
+            s = s << ONE | low.reshape(s.shape)
     return s.reshape(rows, blocks * SUPERBLOCK), scales.reshape(rows, blocks * 4)
 
 
@@ -124,9 +125,9 @@ def _pack_tails(kind: AType, s: U8, scales: U8) -> U8:
     if kind.bits == 4:
         parts.append(_join(s, 4))
     else:
-        parts.append(_tail_plane(s if kind.bits == 2 else s >> 1, 2))
+        parts.append(_tail_plane(s if kind.bits == 2 else s >> ONE, 2))
         if kind.bits == 3:
-            parts.append(_tail_plane(s & 1, 1))
+            parts.append(_tail_plane(s & ONE, 1))
     return np.concatenate(parts, axis=2).reshape(rows, blocks * kind.group_bytes)
 
 
@@ -152,5 +153,5 @@ def _unpack_tails(kind: AType, data: U8) -> tuple[U8, U8]:
     else:
         s = _tail_fields(planes[..., :16], 2)
         if kind.bits == 3:
-            s = s << 1 | _tail_fields(planes[..., 16:], 1)
+            s = s << ONE | _tail_fields(planes[..., 16:], 1)
     return s.reshape(rows, blocks * GROUP), scales.reshape(rows, blocks)

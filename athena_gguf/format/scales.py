@@ -1,6 +1,6 @@
 """The scale byte: an unsigned float of four exponent and four mantissa bits, log-spaced in spirit.
 
-Byte b stands for the float32 whose bits are `(b << 19) + (108 << 23)`: 2^-19 for b = 0, 0.2421875 for b = 255.
+Byte b stands for the float32 whose bits are `(b << 19) + (108 << 23)`: 2^-19 for b = 0, 0.12109375 for b = 255.
 """
 
 import numpy as np

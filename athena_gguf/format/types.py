@@ -13,7 +13,7 @@ GROUP = 64  # columns that share a scale
 SUPERBLOCK = 256  # columns of a full block: four groups, eight steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: there are three
 class AType:
     """One tensor type. `table1`, `table2`: 16 unsigned bytes, any sum of two at most 127."""
 

@@ -1,0 +1,169 @@
+"""Curvature of the loss at the inputs of linear layers, from one forward and one backward pass over calibration tokens.
+
+For a layer input x_t with gradients g_t of the summed token loss at the outputs of the layers that read it,
+
+    H = sum_t u_t x_t x_t^T / sum_t u_t,    u_t = |g_t|
+
+The second-order choice would be u_t = |g_t|^2 (a Kronecker factor of the Fisher matrix, Martens and Grosse 2015;
+GuidedQuant, Kim et al. 2025, groups it by output channel), which is so heavy-tailed that H can rest on a handful of
+tokens; the square root tempers it (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.model import LinearLayer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Curvature:
+    """Of one layer input. `matrix` [columns, columns] float32, normalized by the sum of the token weights u."""
+
+    matrix: torch.Tensor
+    tokens: int
+    effective_tokens: float  # (sum u)^2 / sum u^2
+    tensor_names: tuple[str, ...]  # that read this input
+
+
+class _Input:
+    """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
+
+    def __init__(self, layers: Sequence[LinearLayer], columns: int, device: Any) -> None:
+        import torch
+
+        self.names = tuple(layer.tensor_name for layer in layers)
+        self.readers = len(layers)
+        self.sum_xx = torch.zeros(columns, columns, device=device)
+        self.sum_u = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.x: Any = None
+        self.norms: Any = None
+        self.arrived = 0
+
+    def gradient(self, g: torch.Tensor) -> None:
+        squares = g.detach().float().square().sum(-1).reshape(-1)
+        self.norms = squares if self.norms is None else self.norms + squares
+        self.arrived += 1
+        if self.arrived == self.readers:
+            self.add()
+
+    def add(self) -> None:
+        u = self.norms.sqrt()
+        x = self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None]
+        self.sum_xx.addmm_(x.T, x)
+        self.sum_u += u.double().sum()
+        self.sum_uu += u.double().square().sum()
+        self.tokens += u.numel()
+        self.clear()
+
+
+def measure_curvature(
+    model: Any,
+    layers: Sequence[LinearLayer],
+    windows: Any,
+    batch_windows: int,
+    labels: str = "text",
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> list[Curvature]:
+    """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids.
+
+    Layers that read the same tensor share one curvature. `labels`: "text" takes the next token of the window as the
+    label of the loss, "sampled" draws it from the model's own prediction. `advance` is called with the tokens done.
+    Raises AthenaError naming the tensor if a curvature is not finite.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = _group(model, layers, windows[:1, :8].to(device))
+    by_module = {id(layer.module): group for group, members in inputs for layer in members}
+    handles = [_require_gradients(model)]
+
+    def watch(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        group = by_module[id(module)]
+        group.x = args[0].detach()
+        output.register_hook(group.gradient)
+
+    handles += [layer.module.register_forward_hook(watch) for layer in layers]
+    try:
+        for start in range(0, len(windows), batch_windows):
+            batch = windows[start : start + batch_windows].to(device)
+            for group, _ in inputs:
+                group.clear()
+            _backward(model, batch, labels, generator)
+            advance(batch.numel())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_finish(group) for group, _ in inputs]
+
+
+def _finish(group: _Input) -> Curvature:
+    import torch
+
+    total = float(group.sum_u)
+    if not total > 0:
+        raise AthenaError(f"{group.names[0]}: the loss has no gradient here; give other calibration text")
+    matrix = group.sum_xx.div_(total).cpu()
+    if not torch.isfinite(matrix).all():
+        raise AthenaError(
+            f"{group.names[0]}: the curvature is not finite (NaN or Inf in the activations or gradients); "
+            "check the model's weights, or calibrate in float32 with --device cpu"
+        )
+    return Curvature(matrix, group.tokens, total**2 / float(group.sum_uu), group.names)
+
+
+def _backward(model: Any, batch: torch.Tensor, labels: str, generator: Any) -> None:
+    """One forward and backward pass of the summed cross entropy; the layers' hooks do the rest."""
+    import torch
+
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    if labels == "sampled":
+        with torch.no_grad():
+            target = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    else:
+        target = batch[:, 1:].flatten()
+    torch.nn.functional.cross_entropy(logits, target, reduction="sum").backward()
+
+
+def _require_gradients(model: Any) -> Any:
+    """Weights are frozen, so gradients start at the embeddings: no weight gradient is ever computed."""
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(True)
+
+    return model.get_input_embeddings().register_forward_hook(hook)
+
+
+def _group(model: Any, layers: Sequence[LinearLayer], tokens: torch.Tensor) -> list[tuple[_Input, list[LinearLayer]]]:
+    """Layers that read the same tensor, found by running a few tokens."""
+    import torch
+
+    seen: dict[int, tuple[Any, list[LinearLayer]]] = {}
+    handles = []
+    for layer in layers:
+
+        def watch(module: Any, args: tuple[Any, ...], layer: LinearLayer = layer) -> None:
+            # The tensor is kept alive, so no other one can be given its address.
+            seen.setdefault(args[0].data_ptr(), (args[0], []))[1].append(layer)
+
+        handles.append(layer.module.register_forward_pre_hook(watch))
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(_Input(members, x.shape[-1], x.device), members) for x, members in seen.values()]

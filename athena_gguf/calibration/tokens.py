@@ -1,0 +1,77 @@
+"""Calibration tokens: windows cut from text files, or text that the model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf.errors import AthenaError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def text_windows(tokenizer: Any, files: Sequence[Path], tokens: int, length: int, seed: int) -> torch.Tensor:
+    """About `tokens` tokens in windows [n, length] drawn at random, without overlap, from the text of `files`.
+
+    Fewer if the text is shorter. Raises AthenaError for an unreadable file or a text shorter than one window.
+    """
+    import torch
+
+    pieces = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise AthenaError(f"{path}: cannot read the calibration text: {e}") from e
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+        pieces.append(ids[: len(ids) // length * length].reshape(-1, length))
+    windows = torch.cat(pieces)
+    if not len(windows):
+        names = ", ".join(map(str, files))
+        raise AthenaError(f"{names}: the calibration text is shorter than one window of {length} tokens")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[: max(1, tokens // length)]]
+
+
+def self_generated_windows(
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    length: int,
+    seed: int,
+    batch: int = 64,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> torch.Tensor:
+    """About `tokens` tokens in windows [n, length] that the model writes itself (LLM-QAT, Liu et al. 2023).
+
+    Every window starts from the tokenizer's BOS (or EOS) token and a token drawn from the model's 4,096 likeliest first
+    tokens, evenly, so that windows differ; then plain sampling at temperature 1. `advance` is called with the tokens
+    done.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise AthenaError("the tokenizer has neither a BOS nor an EOS token to start from; give --calibration FILE")
+    generator = torch.Generator(device).manual_seed(seed)
+    count = max(1, tokens // length)
+    done = []
+    with torch.no_grad():
+        start = torch.full((1, 1), first, device=device)
+        likely = model(input_ids=start).logits[0, -1].topk(min(4096, model.get_input_embeddings().num_embeddings)).indices
+        for at in range(0, count, batch):
+            n = min(batch, count - at)
+            pick = likely[torch.randint(len(likely), (n,), generator=generator, device=device)]
+            ids = torch.cat([start.expand(n, 1), pick[:, None]], dim=1)
+            cache, new = None, ids
+            while ids.shape[1] < length:
+                out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
+                new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+                ids = torch.cat([ids, new], dim=1)
+                advance(n)
+            done.append(ids.cpu())
+    return torch.cat(done)

@@ -1,0 +1,42 @@
+"""Linear layers of a Hugging Face model and the GGUF tensors they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from athena_gguf.errors import AthenaError
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer whose weight is one tensor of the base file. The base file may order the weight's rows
+    otherwise than the module (llama.cpp permutes q and k); columns, and so the curvature, agree."""
+
+    module_name: str
+    tensor_name: str
+    module: Any
+
+
+def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[LinearLayer]:
+    """The linear layers of `model` that feed a 2-D tensor of the base file.
+
+    `architecture`: `general.architecture` of the base file; `shapes`: its tensors' shapes, [rows, columns].
+    A module with no tensor of its name and shape is left out. Raises AthenaError if gguf does not know the architecture.
+    """
+    import gguf
+    import torch
+
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in by_name:
+        raise AthenaError(f"architecture {architecture!r} is unknown to the installed gguf package; update it")
+    names = gguf.get_tensor_name_map(by_name[architecture], model.config.get_text_config().num_hidden_layers)
+    found = []
+    for module_name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        tensor_name = names.get_name(f"{module_name}.weight", try_suffixes=(".weight",))
+        if tensor_name is not None and shapes.get(tensor_name) == tuple(module.weight.shape):
+            found.append(LinearLayer(module_name, tensor_name, module))
+    return found

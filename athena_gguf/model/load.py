@@ -1,0 +1,49 @@
+"""Loads a model directory through transformers, from local files only and without remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf.errors import AthenaError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_model_dir(model_dir: Path) -> None:
+    """Raises AthenaError unless `model_dir` is a directory with a config.json."""
+    if not model_dir.is_dir():
+        raise AthenaError(f"{model_dir}: no such directory; give the folder of a Hugging Face model")
+    if not (model_dir / "config.json").is_file():
+        raise AthenaError(f"{model_dir}: no config.json in it; give the folder of a Hugging Face model")
+
+
+def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The causal language model of a directory, frozen, in evaluation mode. Raises AthenaError naming the directory."""
+    import transformers
+
+    check_model_dir(model_dir)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    except Exception as e:  # whatever a bad file makes transformers raise
+        raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """The tokenizer of a model directory. Raises AthenaError naming the directory."""
+    import transformers
+
+    check_model_dir(model_dir)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except Exception as e:
+        raise AthenaError(f"{model_dir}: transformers cannot load the tokenizer: {_brief(e)}") from e
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
