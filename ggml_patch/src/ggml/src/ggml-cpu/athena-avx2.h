@@ -1,0 +1,269 @@
+// AVX2 dot products of A2, A3 and A4 rows. 32 lanes are one vector: a step costs one byte shuffle a table.
+
+#pragma once
+
+#if defined(__AVX2__) && defined(__FMA__)
+#define ATHENA_HAVE_AVX2
+
+#include "ggml-athena.h"
+#include "ggml-athena-tables.h"
+
+#include <immintrin.h>
+
+static inline __m256i athena_load(const void * p) {
+    return _mm256_loadu_si256((const __m256i *) p);
+}
+
+static inline __m256i athena_load_table(const uint8_t table[16]) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table));
+}
+
+// Bytes of v shifted right and masked; the mask hides what crosses from byte to byte.
+#define ATHENA_SHIFT_RIGHT(v, bits, mask) _mm256_and_si256(_mm256_srli_epi16((v), (bits)), _mm256_set1_epi8(mask))
+#define ATHENA_SHIFT_LEFT(v, bits, mask)  _mm256_and_si256(_mm256_slli_epi16((v), (bits)), _mm256_set1_epi8(mask))
+
+// Adds products of unsigned (0 .. 127) and signed bytes, four to an int32: no version saturates.
+static inline __m256i athena_dot_bytes(__m256i acc, __m256i u, __m256i q) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(acc, u, q);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, u, q);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, q), _mm256_set1_epi16(1)));
+#endif
+}
+
+// The integer dot product of 64 columns, spread over eight lanes of which the first one holds the zero point's part.
+static inline __m256i athena_dot_group(__m256i sums0, __m256i sums1, const block_q8_a64 * y) {
+    const __m256i offset = _mm256_zextsi128_si256(_mm_cvtsi32_si128(y->offset));
+    return athena_dot_bytes(athena_dot_bytes(offset, sums0, athena_load(y->qs)), sums1, athena_load(y->qs + 32));
+}
+
+static inline __m256 athena_add_group(__m256 acc, __m256i dot, float scale, const block_q8_a64 * y) {
+    const __m256 values = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), _mm256_broadcast_ss(&y->d));
+    return _mm256_fmadd_ps(values, _mm256_set1_ps(scale), acc);
+}
+
+// Four scale bytes to floats, through memory: broadcasting a float from there costs no shuffle.
+static inline void athena_scales4(const uint8_t codes[4], float scales[4]) {
+    int32_t bytes;
+    memcpy(&bytes, codes, sizeof(bytes));
+    const __m128i bits = _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)), 19);
+    _mm_storeu_si128((__m128i *) scales, _mm_add_epi32(bits, _mm_set1_epi32(108 << 23)));
+}
+
+static inline float athena_sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s = _mm_add_ss(s, _mm_movehdup_ps(s));
+    return _mm_cvtss_f32(s);
+}
+
+// The 16 bytes of a tail plane of bit pairs to 32 lanes of two pairs each, in the low nibble.
+static inline __m256i athena_tail_pairs(const uint8_t pairs[16]) {
+    const __m128i p = _mm_loadu_si128((const __m128i *) pairs);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(p, 4), p), _mm256_set1_epi8(15));
+}
+
+// The 8 bytes of a tail plane of bits to 32 lanes of two bits each.
+static inline __m256i athena_tail_bits(const uint8_t low[8]) {
+    int64_t bytes;
+    memcpy(&bytes, low, sizeof(bytes));
+    const __m256i shifted = _mm256_srlv_epi64(_mm256_set1_epi64x(bytes), _mm256_set_epi64x(6, 4, 2, 0));
+    return _mm256_and_si256(shifted, _mm256_set1_epi8(3));
+}
+
+static inline __m256i athena_sums(__m256i t1, __m256i t2, __m256i window, __m256i delayed) {
+    return _mm256_add_epi8(_mm256_shuffle_epi8(t1, window), _mm256_shuffle_epi8(t2, delayed));
+}
+
+// A2: a window is a symbol and the one before it, which lie side by side in the bytes.
+static float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+    const __m256i t1 = athena_load_table(athena_tables_a2.t1);
+    const __m256i t2 = athena_load_table(athena_tables_a2.t2);
+    __m256i symbol = _mm256_setzero_si256(); // the last symbol, the last window and the one before it
+    __m256i w0 = symbol;
+    __m256i w1 = symbol;
+    __m256 acc = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
+        const block_a2 * b = (const block_a2 *) x;
+        float scales[4];
+        athena_scales4(b->scales, scales);
+        const __m256i a = athena_load(b->pairs[0]);
+        const __m256i c = athena_load(b->pairs[1]);
+        const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
+        const __m256i s1 = ATHENA_SHIFT_RIGHT(a, 0, 15);
+        const __m256i s2 = ATHENA_SHIFT_RIGHT(a, 2, 15);
+        const __m256i s3 = ATHENA_SHIFT_RIGHT(a, 4, 15);
+        const __m256i s4 = _mm256_or_si256(ATHENA_SHIFT_LEFT(c, 2, 12), ATHENA_SHIFT_RIGHT(a, 6, 3));
+        const __m256i s5 = ATHENA_SHIFT_RIGHT(c, 0, 15);
+        const __m256i s6 = ATHENA_SHIFT_RIGHT(c, 2, 15);
+        const __m256i s7 = ATHENA_SHIFT_RIGHT(c, 4, 15);
+        const __m256i d0 = athena_dot_group(athena_sums(t1, t2, s0, w1), athena_sums(t1, t2, s1, w0), &y[0]);
+        const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s0), athena_sums(t1, t2, s3, s1), &y[1]);
+        const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s2), athena_sums(t1, t2, s5, s3), &y[2]);
+        const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s4), athena_sums(t1, t2, s7, s5), &y[3]);
+        acc = athena_add_group(acc, d0, scales[0], &y[0]);
+        acc = athena_add_group(acc, d1, scales[1], &y[1]);
+        acc = athena_add_group(acc, d2, scales[2], &y[2]);
+        acc = athena_add_group(acc, d3, scales[3], &y[3]);
+        w1 = s6;
+        w0 = s7;
+        symbol = ATHENA_SHIFT_RIGHT(c, 6, 3);
+    }
+    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a2_tail), y++) {
+        const block_a2_tail * b = (const block_a2_tail *) x;
+        const __m256i a  = athena_tail_pairs(b->pairs);
+        const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
+        const __m256i d  = athena_dot_group(athena_sums(t1, t2, s0, w1), athena_sums(t1, t2, a, w0), y);
+        acc = athena_add_group(acc, d, ggml_athena_scale(b->scale), y);
+        w1 = s0;
+        w0 = a;
+        symbol = ATHENA_SHIFT_RIGHT(a, 2, 3);
+    }
+    return athena_sum8(acc);
+}
+
+// A3: a window is the symbol's upper two bits, its lowest bit, and the lowest bit of the symbol before it.
+static inline __m256i athena_window_a3(__m256i high, __m256i low) {
+    return _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(12)), _mm256_and_si256(low, _mm256_set1_epi8(3)));
+}
+
+// The same at a block's first step: the earlier bit comes from the block before.
+static inline __m256i athena_first_window_a3(__m256i high, __m256i low, __m256i bit) {
+    const __m256i bits = _mm256_or_si256(_mm256_add_epi8(low, low), bit);
+    return athena_window_a3(_mm256_slli_epi16(high, 2), bits);
+}
+
+static float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+    const __m256i t1 = athena_load_table(athena_tables_a3.t1);
+    const __m256i t2 = athena_load_table(athena_tables_a3.t2);
+    __m256i bit = _mm256_setzero_si256(); // the lowest bit of the last symbol, and the last window
+    __m256i w   = bit;
+    __m256 acc = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
+        const block_a3 * b = (const block_a3 *) x;
+        float scales[4];
+        athena_scales4(b->scales, scales);
+        const __m256i a   = athena_load(b->high[0]);
+        const __m256i c   = athena_load(b->high[1]);
+        const __m256i low = athena_load(b->low);
+        const __m256i s0 = athena_first_window_a3(a, low, bit);
+        const __m256i s1 = athena_window_a3(a, low);
+        const __m256i s2 = athena_window_a3(_mm256_srli_epi16(a, 2), _mm256_srli_epi16(low, 1));
+        const __m256i s3 = athena_window_a3(_mm256_srli_epi16(a, 4), _mm256_srli_epi16(low, 2));
+        const __m256i s4 = athena_window_a3(_mm256_slli_epi16(c, 2), _mm256_srli_epi16(low, 3));
+        const __m256i s5 = athena_window_a3(c, _mm256_srli_epi16(low, 4));
+        const __m256i s6 = athena_window_a3(_mm256_srli_epi16(c, 2), _mm256_srli_epi16(low, 5));
+        const __m256i s7 = athena_window_a3(_mm256_srli_epi16(c, 4), _mm256_srli_epi16(low, 6));
+        const __m256i d0 = athena_dot_group(athena_sums(t1, t2, s0, w),  athena_sums(t1, t2, s1, s0), &y[0]);
+        const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s1), athena_sums(t1, t2, s3, s2), &y[1]);
+        const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s3), athena_sums(t1, t2, s5, s4), &y[2]);
+        const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s5), athena_sums(t1, t2, s7, s6), &y[3]);
+        acc = athena_add_group(acc, d0, scales[0], &y[0]);
+        acc = athena_add_group(acc, d1, scales[1], &y[1]);
+        acc = athena_add_group(acc, d2, scales[2], &y[2]);
+        acc = athena_add_group(acc, d3, scales[3], &y[3]);
+        w   = s7;
+        bit = ATHENA_SHIFT_RIGHT(low, 7, 1);
+    }
+    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a3_tail), y++) {
+        const block_a3_tail * b = (const block_a3_tail *) x;
+        const __m256i a   = athena_tail_pairs(b->high);
+        const __m256i low = athena_tail_bits(b->low);
+        const __m256i s0  = athena_first_window_a3(a, low, bit);
+        const __m256i s1  = athena_window_a3(a, low);
+        const __m256i d   = athena_dot_group(athena_sums(t1, t2, s0, w), athena_sums(t1, t2, s1, s0), y);
+        acc = athena_add_group(acc, d, ggml_athena_scale(b->scale), y);
+        w   = s1;
+        bit = ATHENA_SHIFT_RIGHT(low, 1, 1);
+    }
+    return athena_sum8(acc);
+}
+
+// A4: a window is a symbol, a byte holds two of them. Advances w, the last window.
+static inline __m256i athena_dot_nibbles_a4(const uint8_t nibbles[32], __m256i t1, __m256i t2, __m256i * w, const block_q8_a64 * y) {
+    const __m256i v  = athena_load(nibbles);
+    const __m256i s0 = ATHENA_SHIFT_RIGHT(v, 0, 15);
+    const __m256i s1 = ATHENA_SHIFT_RIGHT(v, 4, 15);
+    const __m256i d  = athena_dot_group(athena_sums(t1, t2, s0, *w), athena_sums(t1, t2, s1, s0), y);
+    *w = s1;
+    return d;
+}
+
+static float athena_dot_a4_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+    const __m256i t1 = athena_load_table(athena_tables_a4.t1);
+    const __m256i t2 = athena_load_table(athena_tables_a4.t2);
+    __m256i w = _mm256_setzero_si256();
+    __m256 acc = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
+        const block_a4 * b = (const block_a4 *) x;
+        float scales[4];
+        athena_scales4(b->scales, scales);
+        for (int g = 0; g < 4; g++) {
+            acc = athena_add_group(acc, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), scales[g], &y[g]);
+        }
+    }
+    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
+        const block_a4_tail * b = (const block_a4_tail *) x;
+        acc = athena_add_group(acc, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), ggml_athena_scale(b->scale), y);
+    }
+    return athena_sum8(acc);
+}
+
+// The largest of eight integers.
+static inline int32_t athena_max8(__m256i v) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtsi128_si32(m);
+}
+
+static inline int32_t athena_sum8_epi32(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+}
+
+// 32 floats, scaled and rounded to the nearest, to bytes in their order.
+static inline __m256i athena_round32(const float * x, __m256 scale) {
+    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x),      scale));
+    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8),  scale));
+    const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16), scale));
+    const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 24), scale));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); // packing works by halves
+}
+
+static void athena_quantize_q8_a64_avx2(const float * x, block_q8_a64 * y, int64_t k) {
+    assert(k % ATHENA_GROUP == 0);
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    const __m256i ones = _mm256_set1_epi8(1);
+    for (int64_t i = 0; i < k/ATHENA_GROUP; i++, x += ATHENA_GROUP) {
+        __m256i most = _mm256_setzero_si256(); // compared as integers, as in the reference
+        for (int c = 0; c < ATHENA_GROUP; c += 8) {
+            most = _mm256_max_epi32(most, _mm256_and_si256(athena_load(x + c), magnitude));
+        }
+        const int32_t bits = athena_max8(most);
+        float amax;
+        memcpy(&amax, &bits, sizeof(amax));
+        const float scale = ggml_athena_activation_scale(amax);
+        __m256i q0 = _mm256_setzero_si256();
+        __m256i q1 = _mm256_setzero_si256();
+        if (scale > 0.0f) {
+            q0 = athena_round32(x,      _mm256_set1_ps(scale));
+            q1 = athena_round32(x + 32, _mm256_set1_ps(scale));
+        }
+        _mm256_storeu_si256((__m256i *) y[i].qs,        q0);
+        _mm256_storeu_si256((__m256i *) (y[i].qs + 32), q1);
+        const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, q0), _mm256_maddubs_epi16(ones, q1));
+        y[i].d      = amax/127.0f;
+        y[i].offset = -ATHENA_ZERO*athena_sum8_epi32(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    }
+}
+
+#endif

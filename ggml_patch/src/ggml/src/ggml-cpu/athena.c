@@ -1,0 +1,85 @@
+// Plain C dot products of A2, A3 and A4 rows, and the choice between them and the versions for instruction sets.
+
+#include "athena.h"
+#include "athena-avx2.h"
+#include "ggml-impl.h"
+
+static float vec_dot_generic(enum ggml_type type, int n, const uint8_t * x, const block_q8_a64 * y) {
+    assert(n % ATHENA_GROUP == 0);
+    ggml_athena_state state;
+    uint8_t sums[ATHENA_SUPER];
+    float   scales[ATHENA_SUPER/ATHENA_GROUP];
+    float   result = 0.0f;
+    memset(&state, 0, sizeof(state));
+    for (int i = 0; i < n;) {
+        const int columns = n - i >= ATHENA_SUPER ? ATHENA_SUPER : ATHENA_GROUP;
+        x += ggml_athena_decode_block(type, &state, x, columns, sums, scales);
+        for (int g = 0; g < columns/ATHENA_GROUP; g++, y++) {
+            int32_t dot = y->offset;
+            for (int c = 0; c < ATHENA_GROUP; c++) {
+                dot += sums[g*ATHENA_GROUP + c]*y->qs[c];
+            }
+            result += y->d*scales[g]*(float) dot;
+        }
+        i += columns;
+    }
+    return result;
+}
+
+#define ATHENA_UNUSED_STRIDES assert(nrc == 1); GGML_UNUSED(nrc); GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by)
+
+void ggml_vec_dot_a2_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = vec_dot_generic(GGML_TYPE_A2, n, vx, vy);
+}
+
+void ggml_vec_dot_a3_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = vec_dot_generic(GGML_TYPE_A3, n, vx, vy);
+}
+
+void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = vec_dot_generic(GGML_TYPE_A4, n, vx, vy);
+}
+
+#if defined(ATHENA_HAVE_AVX2)
+
+void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = athena_dot_a2_avx2(n, vx, vy);
+}
+
+void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = athena_dot_a3_avx2(n, vx, vy);
+}
+
+void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ATHENA_UNUSED_STRIDES;
+    *s = athena_dot_a4_avx2(n, vx, vy);
+}
+
+void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    athena_quantize_q8_a64_avx2(x, y, k);
+}
+
+#else
+
+void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ggml_vec_dot_a2_q8_a64_generic(n, s, bs, vx, bx, vy, by, nrc);
+}
+
+void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ggml_vec_dot_a3_q8_a64_generic(n, s, bs, vx, bx, vy, by, nrc);
+}
+
+void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    ggml_vec_dot_a4_q8_a64_generic(n, s, bs, vx, bx, vy, by, nrc);
+}
+
+void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    quantize_row_q8_a64_ref(x, y, k);
+}
+
+#endif

@@ -1,0 +1,26 @@
+// Dot products of A2, A3 and A4 rows with Q8_A64 activations, and the quantizer of the activations.
+
+#pragma once
+
+#include "ggml-athena.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// As every ggml_vec_dot: n columns of one row; nrc is 1 and the strides bs, bx and by are not used.
+void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+
+// Plain C, the truth for every other version: those must give the same integer sum for every 64 columns.
+void ggml_vec_dot_a2_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+void ggml_vec_dot_a3_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+
+// The same bytes as quantize_row_q8_a64_ref.
+void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
+
+#ifdef __cplusplus
+}
+#endif
