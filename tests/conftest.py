@@ -23,6 +23,24 @@ def runtime() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory of random weights, made in seconds; not to be changed."""
+    import tiny_model
+
+    return tiny_model.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_model: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its BF16 GGUF."""
+    from athena_gguf.gguf_file import write_base
+
+    path = tmp_path_factory.mktemp("tiny") / "base.gguf"
+    write_base(tiny_model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def demo_directory() -> Path:
     """The demo model under the git-ignored demo/, where scripts/quickstart puts it too; a 93 MB download, once."""
     import demo_model

@@ -1,5 +1,6 @@
 """The BF16 base file, through llama.cpp's own converter."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
 
-_SUFFIXES = (".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
 def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | None = None) -> None:
@@ -34,12 +36,18 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
 
 def check_model(model_dir: Path) -> None:
-    """Raise AthenaError unless `model_dir` has a config.json and whole weight files."""
+    """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files."""
     if not model_dir.is_dir():
         raise AthenaError(f"{model_dir} is no directory; give a Hugging Face model directory")
     if not (model_dir / "config.json").is_file():
         raise AthenaError(f"{model_dir} has no config.json; give a Hugging Face model directory")
-    weights = sorted(path for path in model_dir.iterdir() if path.suffix in _SUFFIXES)
+    try:
+        json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AthenaError(f"{model_dir / 'config.json'} is no JSON ({error}); download it again") from error
+    if not any(path for pattern in _TOKENIZERS for path in model_dir.glob(pattern)):
+        raise AthenaError(f"{model_dir} has no tokenizer (tokenizer.json or tokenizer.model)")
+    weights = sorted(path for path in model_dir.iterdir() if path.suffix in _WEIGHTS)
     if not weights:
         raise AthenaError(f"{model_dir} has no weights (*.safetensors)")
     from safetensors import SafetensorError, safe_open

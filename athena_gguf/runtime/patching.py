@@ -9,7 +9,7 @@ from athena_gguf.errors import AthenaError
 
 
 def apply(patch_folder: Path, tree: Path) -> None:
-    """Copy `patch_folder/src` over `tree`, then apply `patch_folder/llama.cpp.patch`, all of it or nothing.
+    """Copy `patch_folder/src` over `tree`, then apply the patches `patch_folder/*.patch`, each of them whole or not.
 
     Raises AthenaError naming file and line of every hunk that does not fit, or a source that would overwrite a file.
     """
@@ -21,7 +21,13 @@ def apply(patch_folder: Path, tree: Path) -> None:
             raise AthenaError(f"{target} already exists: this llama.cpp is patched already, or brings its own file")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    _apply_diff(patch_folder / "llama.cpp.patch", tree)
+    for diff in diffs(patch_folder):
+        _apply_diff(diff, tree)
+
+
+def diffs(patch_folder: Path) -> list[Path]:
+    """The patches, in the order in which they are applied."""
+    return sorted(patch_folder.glob("*.patch"))
 
 
 def _apply_diff(diff: Path, tree: Path) -> None:

@@ -39,7 +39,7 @@ def make_tree(folder: Path, checkout: Path | None, source: Path | None) -> tuple
         origin = _hash_files(checkout, files)
     else:
         origin = archive.ARCHIVE_SHA256
-    patch_files = [ours / "llama.cpp.patch", *sorted(p for p in (ours / "src").rglob("*") if p.is_file())]
+    patch_files = [*patching.diffs(ours), *sorted(p for p in (ours / "src").rglob("*") if p.is_file())]
     wanted = {"origin": origin, "patch": _hash_files(ours, [p.relative_to(ours) for p in patch_files])}
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     if tree.is_dir() and _read(stamp) == wanted:

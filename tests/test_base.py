@@ -1,0 +1,88 @@
+"""The BF16 base file: llama.cpp's converter run on a small model, and on what is none."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file import GGUFFile, write_base
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A copy of the small model that a test may break."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def refused(model, tmp_path, match):
+    out = tmp_path / "out.gguf"
+    with pytest.raises(AthenaError, match=match):
+        write_base(model, out)
+    assert not out.exists() and not list(tmp_path.glob(".athena-*"))
+
+
+def test_base_has_the_weights(tiny_model, tiny_base):
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    weights = load_torch(tiny_model / "model.safetensors")
+    with GGUFFile(tiny_base) as file:
+        assert file.metadata["general.architecture"] == "llama"
+        assert file.metadata["general.file_type"] == int(gguf.LlamaFileType.MOSTLY_BF16)
+        down = file.tensors["blk.1.ffn_down.weight"]
+        assert (down.type_name, down.shape) == ("BF16", (128, 192))
+        expected = weights["model.layers.1.mlp.down_proj.weight"].to(torch.float32).numpy()
+        np.testing.assert_array_equal(down.to_float32(), expected)
+
+
+def test_no_model(tmp_path):
+    refused(tmp_path / "absent", tmp_path, "absent is no directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, r"config\.json")
+
+
+def test_config_that_is_no_json(model, tmp_path):
+    (model / "config.json").write_text('{"architectures": [')
+    refused(model, tmp_path, r"config\.json is no JSON")
+
+
+def test_no_tokenizer(model, tmp_path):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (model / name).unlink()
+    refused(model, tmp_path, "no tokenizer")
+
+
+def test_no_weights(model, tmp_path):
+    (model / "model.safetensors").unlink()
+    refused(model, tmp_path, "no weights")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_weights(model, tmp_path, keep):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(model, tmp_path, r"model\.safetensors is truncated or corrupt")
+
+
+def test_corrupt_header(model, tmp_path):
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:40] = bytes(range(32))
+    path.write_bytes(data)
+    refused(model, tmp_path, r"model\.safetensors is truncated or corrupt")
+
+
+def test_unknown_architecture(model, tmp_path, runtime):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyKnowsForCausalLM"]}))
+    refused(model, tmp_path, "NobodyKnowsForCausalLM is not supported")
+
+
+def test_unknown_tensor(model, tmp_path, runtime):
+    """The converter's own complaint reaches the user."""
+    save_file({"model.layers.0.mystery.weight": np.zeros((2, 2), np.float32)}, model / "model.safetensors")
+    refused(model, tmp_path, r"mystery\.weight")

@@ -1,0 +1,84 @@
+"""A Hugging Face model directory of 287k random weights, with a tokenizer that llama.cpp's converter accepts."""
+
+import json
+import random
+from pathlib import Path
+
+TEXT = "the sea sky a boat wave wind and rain is cold it was warm we go far they come near"
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Text that the tokenizer was trained on."""
+    chosen = random.Random(seed)
+    return " ".join(chosen.choice(TEXT.split()) for _ in range(count))
+
+
+def make(folder: Path, **config: object) -> Path:
+    """Write the model; `config` changes entries of its LlamaConfig."""
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True)
+    size = _make_tokenizer(folder)
+    settings = {
+        "vocab_size": size,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | config)))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _make_tokenizer(folder: Path) -> int:
+    """`tokenizer.model` for the converter, `tokenizer.json` for transformers; the size of the vocabulary."""
+    import sentencepiece
+    import tokenizers
+
+    lines = (words(12, seed) for seed in range(400))
+    prefix = folder / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_prefix=str(prefix),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    prefix.with_suffix(".vocab").unlink()
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(prefix) + ".model")
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    merges = []
+    for piece, i in vocabulary.items():  # a piece is made by joining two that are more frequent
+        pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        if not pieces.is_byte(i) and not pieces.is_control(i) and not pieces.is_unknown(i):
+            merges += sorted(
+                (p for p in pairs if p[0] in vocabulary and p[1] in vocabulary), key=lambda p: vocabulary[p[0]]
+            )
+    bpe = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(prefix) + ".json")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    return pieces.vocab_size()
