@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
@@ -61,7 +62,10 @@ def fetch(cache: Path) -> Path:
     if kept.is_file() and sha256_of(kept) == ARCHIVE_SHA256:
         return kept
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="athena-fetch-", dir=cache) as scratch:
+    with (
+        progress.stage(f"Downloading {REQUIREMENT}"),
+        tempfile.TemporaryDirectory(prefix="athena-fetch-", dir=cache) as scratch,
+    ):
         backend = Path(scratch, "backend", "scikit_build_core")
         backend.mkdir(parents=True)
         (backend / "__init__.py").touch()

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.runtime.places import binary_dir, locked, resolve
 from athena_gguf.runtime.tree import make_tree
@@ -94,10 +96,29 @@ def _compile(cmake: str, folder: Path, tree: Path, targets: list[str], jobs: int
     log = folder / "build.log"
     make = [cmake, "--build", str(where), "--config", "Release", "--parallel", str(jobs or os.cpu_count() or 1)]
     with open(log, "w") as out:
-        for step, command in (("configure", configure), ("build", [*make, "--target", *targets])):
-            result = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-            if result.returncode:
-                raise AthenaError(f"CMake could not {step} llama.cpp: {_first_error(log)} (all of it: {log})")
+        if subprocess.run(configure, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode:
+            raise AthenaError(f"CMake could not configure llama.cpp: {_first_error(log)} (all of it: {log})")
+    with progress.bar("Building llama.cpp", 1.0) as advance:
+        if _run_build([*make, "--target", *targets], environment, log, advance):
+            raise AthenaError(f"CMake could not build llama.cpp: {_first_error(log)} (all of it: {log})")
+
+
+def _run_build(command: list[str], environment: dict[str, str], log: Path, advance: progress.Advance) -> int:
+    """Append what the build says to `log` and advance by the share that it says is done; its exit code."""
+    done = 0.0
+    with (
+        open(log, "ab") as out,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            out.write(line)
+            match = re.match(rb"\[\s*(?:(\d+)/(\d+)|(\d+)%)\]", line)  # Ninja's and make's
+            if match:
+                share = int(match[1]) / int(match[2]) if match[1] else int(match[3]) / 100
+                advance(max(0.0, share - done))
+                done = max(done, share)
+        return process.wait()
 
 
 def _first_error(log: Path) -> str:
