@@ -1,9 +1,9 @@
-"""Encodes one weight matrix under the curvature of its input: the loop of docs/method.md, "Encoding a matrix".
+"""Encodes weights under the curvature of their input: the loop of docs/method.md, "Encoding a matrix".
 
-Columns are taken lane by lane. The first passes search a lane after the errors of the lanes before it were fed back
-(GPTQ's order of things, with a trellis search in place of rounding), and refit the scales between passes. The last
-sweeps revisit every lane with all others fixed (cyclic coordinate descent on the same loss, as CDQuant, Nair and
-Suggala 2024, does for single columns), which never makes a row worse.
+Columns are taken lane by lane. The first pass searches a lane after the errors of the lanes before it were fed back
+(GPTQ's order of things, with a trellis search in place of rounding). Then scales are refitted and every lane is searched
+again with all others fixed, in sweeps (cyclic coordinate descent on the same loss, as CDQuant, Nair and Suggala 2024,
+does for single columns), none of which makes a row worse.
 
 The dense algebra is torch's; the search inside a lane is `athena_gguf.encode.lane`.
 """
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from athena_gguf.encode.lane import LaneSearch, lane_search
-from athena_gguf.encode.scales import initial_scales, refit_scales
-from athena_gguf.format import GROUP, LANES, AType, decode_scale
-from athena_gguf.format.rows import pack_rows
+from athena_gguf.encode.metric import Metric
+from athena_gguf.encode.scales import ScaleFit, initial_scales
+from athena_gguf.format import GROUP, LANES, AType, decode_scale, pack_rows
 
 if TYPE_CHECKING:
     import torch
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """`damping`: added to the curvature's diagonal, times its mean. `passes`: with error feedback from scratch, scales
-    refitted between. `sweeps`: of coordinate descent after them, each after a refit."""
+    """`damping`: added to the curvature's diagonal, times its mean. `passes`: with error feedback from scratch.
+    `sweeps`: of coordinate descent after them. Scales are refitted after every pass and every sweep."""
 
     damping: float = 0.01
-    passes: int = 3
-    sweeps: int = 3
+    passes: int = 1
+    sweeps: int = 4
 
 
 @dataclass
 class Encoded:
-    """`data` [rows, row bytes]; `loss` and `power` are tr(E H E^T) and tr(W H W^T) of the undamped curvature H, with E
-    the error of the weights W."""
+    """`data` [rows, row bytes]. `loss`, `power`: tr(E H E^T) and tr(W H W^T), H the damped curvature, E the error of
+    the weights W."""
 
     data: npt.NDArray[np.uint8]
     loss: float
@@ -46,32 +45,28 @@ class Encoded:
 
 
 def encode_matrix(weight: torch.Tensor, curvature: torch.Tensor | None, kind: AType, options: EncodeOptions) -> Encoded:
-    """Encode `weight` [rows, columns] under `curvature` [columns, columns] (None: the identity).
+    """Encode `weight` [rows, columns] under `curvature` [columns, columns] (None: the identity), in this thread.
 
-    Columns must be a multiple of 64 and both finite. Raises ValueError if the curvature is not positive semidefinite.
+    Columns must be a multiple of 64 and all numbers finite. Raises ValueError if the curvature is not positive
+    semidefinite.
     """
-    import torch
+    metric = Metric.identity(weight.shape[1]) if curvature is None else Metric(curvature, options.damping)
+    return encode_rows(weight, metric, kind, options)
 
-    rows, columns = weight.shape
-    order = torch.arange(columns).reshape(-1, LANES).T.flatten()  # lane by lane
-    w = weight.float()[:, order].contiguous()
-    h = torch.eye(columns) if curvature is None else curvature.float()[order][:, order].contiguous()
-    state = _Encoder(w, h, kind, options)
-    state.run()
-    inverse = torch.argsort(order)
-    symbols = torch.from_numpy(state.best.symbols)[:, inverse].numpy()
-    error = w - state.best.values * state.expand(state.best.codes)
-    return Encoded(
-        pack_rows(kind, symbols, state.best.codes),
-        float(((error @ h) * error).sum(dtype=torch.float64)),
-        float(((w @ h) * w).sum(dtype=torch.float64)),
-    )
+
+def encode_rows(weight: torch.Tensor, metric: Metric, kind: AType, options: EncodeOptions) -> Encoded:
+    """Encode rows `weight` [rows, columns]; rows do not influence each other."""
+    encoder = _Encoder(weight.float(), metric, kind)
+    best = encoder.run(options)
+    symbols = best.symbols[:, metric.inverse.numpy()]
+    power = ((encoder.w @ metric.h) * encoder.w).sum(dtype=best.loss.dtype)
+    return Encoded(pack_rows(kind, symbols, best.codes), float(best.loss.double().sum()), float(power))
 
 
 @dataclass
 class _Solution:
-    """Columns lane by lane. `symbols` [rows, columns] uint8, `values` [rows, columns] the levels, `codes` [rows,
-    columns / 64] the scale bytes, `loss` [rows] under the damped curvature."""
+    """Columns lane by lane. `symbols` [rows, columns] uint8, `values` [rows, columns] their levels, `codes` [rows,
+    columns / 64] scale bytes, `loss` [rows]."""
 
     symbols: npt.NDArray[np.uint8]
     values: torch.Tensor
@@ -80,124 +75,95 @@ class _Solution:
 
 
 class _Encoder:
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, kind: AType, options: EncodeOptions) -> None:
-        import torch
+    def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType) -> None:
+        from athena_gguf.encode.lane import lane_search
 
-        self.w, self.kind, self.options = w, kind, options
-        self.rows, self.columns = w.shape
-        self.steps = self.columns // LANES
-        damp = options.damping * float(h.diagonal().mean(dtype=torch.float64))
-        self.h = h.clone()
-        self.h.diagonal().add_(damp if damp > 0 else 1.0)
-        self.search: LaneSearch = lane_search(kind)
-        # Group of a column, columns lane by lane: step t belongs to group t / 2.
-        self.groups = torch.arange(self.steps).div(GROUP // LANES, rounding_mode="floor").repeat(LANES)
-        self.best: _Solution
+        self.metric, self.kind = metric, kind
+        self.w = weight[:, metric.order].contiguous()
+        self.search = lane_search(kind)
+        self.fit = ScaleFit(weight, metric)
+        self.lanes = [slice(a, a + metric.steps) for a in range(0, metric.columns, metric.steps)]
+
+    def run(self, options: EncodeOptions) -> _Solution:
+        codes = initial_scales(self.w[:, self.metric.inverse], self.kind)
+        best = self.refit(self.feedback_pass(codes))
+        for _ in range(options.passes - 1):
+            best = _better(best, self.refit(self.feedback_pass(best.codes)))
+        for _ in range(options.sweeps):
+            best = self.refit(self.sweep(best))
+        return best
 
     def expand(self, codes: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Scale bytes [rows, groups] to the scale of every column [rows, columns]."""
+        """Scale bytes [rows, groups] to the scale of every column [rows, columns], lane by lane."""
         import torch
 
-        return torch.from_numpy(decode_scale(codes))[:, self.groups]
-
-    def run(self) -> None:
-        upper = _inverse_factor(self.h)
-        codes = initial_scales(self.w, self.groups, self.kind)
-        for number in range(max(1, self.options.passes)):
-            found = self.feedback_pass(codes, upper)
-            self.keep(found, first=number == 0)
-            codes = self.refit(found)
-        if self.options.sweeps:
-            blocks = [self.h[a : a + self.steps, a : a + self.steps] for a in range(0, self.columns, self.steps)]
-            factors = [_inverse_factor(b) for b in blocks]
-            for _ in range(self.options.sweeps):
-                codes = self.refit(self.best)
-                moved = _Solution(self.best.symbols, self.best.values, codes, self.loss(self.best.values, codes))
-                self.keep(moved)
-                self.keep(self.sweep(self.best, blocks, factors))
-            codes = self.refit(self.best)
-            self.keep(_Solution(self.best.symbols, self.best.values, codes, self.loss(self.best.values, codes)))
-
-    def keep(self, found: _Solution, first: bool = False) -> None:
-        """Take over the rows that got better."""
-        import torch
-
-        if first:
-            self.best = found
-            return
-        better = found.loss < self.best.loss
-        pick = better.numpy()[:, None]
-        self.best = _Solution(
-            np.where(pick, found.symbols, self.best.symbols),
-            torch.where(better[:, None], found.values, self.best.values),
-            np.where(pick, found.codes, self.best.codes),
-            torch.where(better, found.loss, self.best.loss),
-        )
+        steps = torch.from_numpy(decode_scale(codes)).repeat_interleave(GROUP // LANES, dim=1)
+        return steps.repeat(1, LANES)
 
     def loss(self, values: torch.Tensor, codes: npt.NDArray[np.uint8]) -> torch.Tensor:
         error = self.w - values * self.expand(codes)
-        return ((error @ self.h) * error).sum(1)
+        return ((error @ self.metric.h) * error).sum(1)
 
-    def refit(self, found: _Solution) -> npt.NDArray[np.uint8]:
-        return refit_scales(self.w, found.values, found.codes, self.h, self.groups)
+    def refit(self, found: _Solution) -> _Solution:
+        """New scales where they lower a row's loss."""
+        codes = self.fit.refit(found.values[:, self.metric.inverse], found.codes)
+        return _better(found, _Solution(found.symbols, found.values, codes, self.loss(found.values, codes)))
 
-    def feedback_pass(self, codes: npt.NDArray[np.uint8], upper: torch.Tensor) -> _Solution:
+    def feedback_pass(self, codes: npt.NDArray[np.uint8]) -> _Solution:
         """All lanes once, every lane after the errors of those before it were fed back."""
         import torch
 
-        scale = self.expand(codes)
-        x = self.w.clone()
-        symbols = np.empty((self.rows, self.columns), np.uint8)
-        values = torch.empty_like(x)
-        loss = torch.zeros(self.rows)
-        for a in range(0, self.columns, self.steps):
-            lane = slice(a, a + self.steps)
-            symbols[:, lane], values[:, lane], errors, cost = self.lane(x[:, lane], upper[lane, lane], scale[:, lane])
-            loss += cost
-            x[:, lane.stop :] -= errors @ upper[lane, lane.stop :]
-        return _Solution(symbols, values, codes, loss)
+        scale, x = self.expand(codes), self.w.clone()
+        symbols, values = np.empty(x.shape, np.uint8), torch.empty_like(x)
+        for lane in self.lanes:
+            upper = self.metric.upper[lane]
+            symbols[:, lane], values[:, lane], errors, _ = self.search_lane(x[:, lane], upper[:, lane], scale[:, lane])
+            x[:, lane.stop :] -= errors @ upper[:, lane.stop :]
+        return _Solution(symbols, values, codes, self.loss(values, codes))
 
-    def sweep(self, found: _Solution, blocks: list[torch.Tensor], factors: list[torch.Tensor]) -> _Solution:
+    def sweep(self, found: _Solution) -> _Solution:
         """All lanes once, each with every other one fixed; a row's lane changes only if that lowers the row's loss."""
         import torch
 
-        scale = self.expand(found.codes)
+        h, scale = self.metric.h, self.expand(found.codes)
         symbols, values = found.symbols.copy(), found.values.clone()
-        error = self.w - values * scale
-        pull = error @ self.h  # half the gradient of the loss
-        for number, a in enumerate(range(0, self.columns, self.steps)):
-            lane = slice(a, a + self.steps)
-            # Completing the square: with the other lanes fixed the loss is that of the distance to this target.
+        pull = (self.w - values * scale) @ h  # half the gradient of the loss
+        for number, lane in enumerate(self.lanes):
             old = values[:, lane] * scale[:, lane]
-            shift = pull[:, lane] @ (factors[number].T @ factors[number])
-            target = old + shift
-            new_symbols, new_values, _, cost = self.lane(target, factors[number], scale[:, lane])
-            better = cost < ((shift @ blocks[number]) * shift).sum(1)
+            # Completing the square: with the other lanes fixed, the loss is the distance to this target under the
+            # lane's own block of h, and a constant.
+            shift = pull[:, lane] @ self.metric.lane_inverses[number]
+            new_symbols, new_values, _, cost = self.search_lane(
+                old + shift, self.metric.lane_factors[number], scale[:, lane]
+            )
+            better = cost < (pull[:, lane] * shift).sum(1)
             symbols[:, lane] = np.where(better.numpy()[:, None], new_symbols, symbols[:, lane])
             values[:, lane] = torch.where(better[:, None], new_values, values[:, lane])
-            pull += (old - values[:, lane] * scale[:, lane]) @ self.h[lane]
-        return _Solution(symbols, values, found.codes, self.loss(values, found.codes))
+            pull.addmm_(old - values[:, lane] * scale[:, lane], h[lane])
+        return _better(found, _Solution(symbols, values, found.codes, self.loss(values, found.codes)))
 
-    def lane(
+    def search_lane(
         self, x: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor
     ) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Symbols, levels, errors (over the factor's diagonal) [rows, steps] and cost [rows] of one lane."""
         import torch
 
-        symbols = np.empty(x.shape, np.uint8)
+        symbols, cost = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
         values, errors = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
-        cost = np.empty(len(x), np.float32)
-        arrays = (np.ascontiguousarray(m.numpy()) for m in (x, factor, scale))
-        self.search(*arrays, symbols, values, errors, cost)
+        inputs = (np.ascontiguousarray(m.numpy()) for m in (x, factor, scale))
+        self.search(*inputs, symbols, values, errors, cost)
         return symbols, torch.from_numpy(values), torch.from_numpy(errors), torch.from_numpy(cost)
 
 
-def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with U^T U = inv(h)."""
+def _better(one: _Solution, other: _Solution) -> _Solution:
+    """Row by row the one with the lower loss, the first where they tie."""
     import torch
 
-    try:
-        lower = torch.linalg.cholesky(h.double())
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    except torch.linalg.LinAlgError as e:
-        raise ValueError("the curvature is not positive definite, even damped") from e
-    return upper.float()
+    take = other.loss < one.loss
+    pick = take.numpy()[:, None]
+    return _Solution(
+        np.where(pick, other.symbols, one.symbols),
+        torch.where(take[:, None], other.values, one.values),
+        np.where(pick, other.codes, one.codes),
+        torch.where(take, other.loss, one.loss),
+    )

@@ -7,74 +7,62 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from athena_gguf.format import LANES, AType, decode_scale, encode_scale
+from athena_gguf.encode.metric import Metric
+from athena_gguf.format import GROUP, AType, decode_scale, encode_scale
 
 if TYPE_CHECKING:
     import torch
 
-# Levels that stand for one standard deviation of a Gaussian group: where the tables fit best (tools/fit_tables.py).
-UNIT = {"A2": 24.35, "A3": 21.12, "A4": 19.72}
-_ROW_CHUNK_BYTES = 256 << 20  # of normal equations at a time
+# The level at which a group's largest weight is first put. Errors of large weights cost most where the curvature is
+# strong, so starting wide and shrinking ends lower than starting from the root mean square (docs/quality.md).
+PEAK = {"A2": 62.0, "A3": 58.0, "A4": 54.0}
+_SWEEPS = 2
 
 
-def initial_scales(w: torch.Tensor, groups: torch.Tensor, kind: AType) -> npt.NDArray[np.uint8]:
-    """Scale bytes [rows, groups] that fit the root mean square of every group. `groups` [columns]: a column's group."""
+def initial_scales(weight: torch.Tensor, kind: AType) -> npt.NDArray[np.uint8]:
+    """Scale bytes [rows, groups] that fit the largest weight of every group; `weight` in natural column order."""
+    peaks = weight.view(len(weight), -1, GROUP).abs().amax(2)
+    return encode_scale(peaks.div(PEAK[kind.name]).numpy())
+
+
+class ScaleFit:
+    """Least-squares scales of fixed rows `weight` [rows, columns] (natural order) under a metric."""
+
+    def __init__(self, weight: torch.Tensor, metric: Metric) -> None:
+        self.h = metric.plain
+        self.target = weight @ self.h
+
+    def refit(self, values: torch.Tensor, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Scale bytes [rows, groups] for fixed levels `values` [rows, columns], natural order.
+
+        Solves the normal equations of every row's scales, rounds to bytes, then moves one scale at a time to its best
+        byte given the others.  The result may be worse than `codes` for a row: the caller compares.
+        """
+        import torch
+
+        rows, groups = codes.shape
+        right = (self.target * values).view(rows, groups, GROUP).sum(2)
+        normal = torch.empty(rows, groups, groups)
+        for g in range(groups):
+            a, b = g * GROUP, (g + 1) * GROUP
+            products = (values[:, a:b] @ self.h[a:b, a:]).mul_(values[:, a:])
+            normal[:, g, g:] = products.view(rows, groups - g, GROUP).sum(2)
+            normal[:, g:, g] = normal[:, g, g:]
+        old = torch.from_numpy(decode_scale(codes))
+        ridge = normal.clone()
+        ridge.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-30)
+        solved, failed = torch.linalg.solve_ex(ridge, right)
+        usable = (failed == 0)[:, None] & torch.isfinite(solved)
+        scales = _rounded(torch.where(usable, solved, old))
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        for _ in range(_SWEEPS):
+            for g in range(groups):
+                rest = right[:, g] - (normal[:, g] * scales).sum(1) + diagonal[:, g] * scales[:, g]
+                scales[:, g] = _rounded(torch.where(diagonal[:, g] > 0, rest / diagonal[:, g], scales[:, g]))
+        return encode_scale(scales.numpy())
+
+
+def _rounded(scales: torch.Tensor) -> torch.Tensor:
     import torch
 
-    count = int(groups.max()) + 1
-    squares = torch.zeros(len(w), count).index_add_(1, groups, w.square())
-    size = torch.bincount(groups, minlength=count)
-    return encode_scale((squares / size).sqrt().div(UNIT[kind.name]).numpy())
-
-
-def refit_scales(
-    w: torch.Tensor, values: torch.Tensor, codes: npt.NDArray[np.uint8], h: torch.Tensor, groups: torch.Tensor
-) -> npt.NDArray[np.uint8]:
-    """Scale bytes [rows, groups] that lower tr((w - s v) h (w - s v)^T) for fixed levels `values` [rows, columns].
-
-    The normal equations of a row's scales, solved, rounded to bytes, then moved byte by byte while that helps
-    (Gauss-Seidel on the rounded scales); a row keeps `codes` where they were better.
-    """
-    import torch
-
-    count = codes.shape[1]
-    out = np.empty_like(codes)
-    chunk = max(1, _ROW_CHUNK_BYTES // (4 * count * count))
-    onehot = torch.nn.functional.one_hot(groups, count).float()
-    wh = w @ h
-    for a in range(0, len(w), chunk):
-        v = values[a : a + chunk]
-        right = (wh[a : a + chunk] * v) @ onehot
-        normal = torch.empty(len(v), count, count)
-        for g in range(count):
-            columns = (groups == g).nonzero()[:, 0]
-            normal[:, g] = ((v[:, columns] @ h[columns]) * v) @ onehot
-        normal = (normal + normal.mT) / 2
-        out[a : a + chunk] = _round_to_bytes(normal, right, codes[a : a + chunk])
-    return out
-
-
-def _round_to_bytes(normal: torch.Tensor, right: torch.Tensor, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Minimize s normal s - 2 right s over scale bytes, row by row."""
-    import torch
-
-    def loss(s: torch.Tensor) -> torch.Tensor:
-        return ((normal @ s[:, :, None])[:, :, 0] * s - 2 * right * s).sum(1)
-
-    old = torch.from_numpy(decode_scale(codes))
-    ridge = normal.clone()
-    ridge.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-30)
-    solved, failed = torch.linalg.solve_ex(ridge, right)
-    s = torch.where((failed == 0)[:, None] & torch.isfinite(solved), solved, old)
-    s = torch.from_numpy(decode_scale(encode_scale(s.numpy())))
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    for _ in range(2):
-        for g in range(s.shape[1]):
-            rest = right[:, g] - (normal[:, g] * s).sum(1) + diagonal[:, g] * s[:, g]
-            best = torch.where(diagonal[:, g] > 0, rest / diagonal[:, g], s[:, g])
-            s[:, g] = torch.from_numpy(decode_scale(encode_scale(best.numpy())))
-    better = (loss(s) < loss(old)).numpy()[:, None]
-    return np.where(better, encode_scale(s.numpy()), codes)
-
-
-assert LANES * 2 == 64  # a group is two steps: what `groups` of the encoder rests on
+    return torch.from_numpy(decode_scale(encode_scale(scales.numpy())))

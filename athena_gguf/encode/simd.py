@@ -49,12 +49,16 @@ def make_relax(source: npt.NDArray[np.int32]) -> Any:
     Every run of equal or consecutive old states in `source`, of 8 or 16 new states, becomes one vector operation.
     """
     fan, states = source.shape
-    width = next(w for w in (WIDTH, 8) if all(_is_run(source[f, n : n + w]) for f in range(fan) for n in range(0, states, w)))
+    width = next(
+        w for w in (WIDTH, 8) if all(_is_run(source[f, n : n + w]) for f in range(fan) for n in range(0, states, w))
+    )
 
     @intrinsic
     def relax(typing: Any, a: Any, paid: Any, b: Any, best: Any, old: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            a_, paid_, b_, best_, old_ = (_data(context, builder, t, v) for t, v in zip(signature.args, args, strict=True))
+            a_, paid_, b_, best_, old_ = (
+                _data(context, builder, t, v) for t, v in zip(signature.args, args, strict=True)
+            )
 
             def at(i: int) -> Any:
                 return ir.Constant(ir.IntType(64), i)
@@ -93,7 +97,9 @@ def _is_run(places: npt.NDArray[np.int32]) -> bool:
 
 
 @intrinsic
-def subtract(typing: Any, out: Any, at: Any, base: Any, start: Any, row: Any, first: Any, factor: Any, vectors: Any) -> Any:
+def subtract(
+    typing: Any, out: Any, at: Any, base: Any, start: Any, row: Any, first: Any, factor: Any, vectors: Any
+) -> Any:
     """`out[at + i] = base[start + i] - factor * row[first + i]` for i below 16 * vectors; flat float32 arrays."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -37,6 +37,8 @@ def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int,
         if not isinstance(module, torch.nn.Linear):
             continue
         tensor_name = names.get_name(f"{module_name}.weight", try_suffixes=(".weight",))
+        if tensor_name == "output.weight" and tensor_name not in shapes:
+            tensor_name = "token_embd.weight"  # tied: the base file holds one tensor for both
         if tensor_name is not None and shapes.get(tensor_name) == tuple(module.weight.shape):
             found.append(LinearLayer(module_name, tensor_name, module))
     return found

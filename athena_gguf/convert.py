@@ -1,0 +1,272 @@
+"""`athena-gguf convert`: a model directory becomes a GGUF file of A-type tensors (docs/method.md).
+
+The pipeline, top to bottom: base file, plan, calibration tokens, curvature, encoding, writing, summary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf import progress
+from athena_gguf.errors import AthenaError
+
+if TYPE_CHECKING:
+    from athena_gguf.calibration import Curvature
+    from athena_gguf.model import LinearLayer
+
+CALIBRATION_TOKENS = 131_072
+WINDOW = 512  # tokens of a calibration window
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """`calibration`: text files, or "self" for text that the model writes itself. `work_dir` keeps the base file and
+    the curvature for further conversions of the same model; `base` is a base file made before."""
+
+    type: str = "A3"
+    calibration: tuple[str, ...] = ("self",)
+    calibration_tokens: int | None = None
+    embedding_type: str = "Q8_0"
+    device: str = "auto"
+    seed: int = 0
+    work_dir: Path | None = None
+    base: Path | None = None
+
+
+@dataclass
+class Stages:
+    """Seconds of every stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | None = None) -> None:
+    """Quantize the model in `model_dir` and write `out`, which appears only when it is complete.
+
+    Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
+    """
+    from athena_gguf.plan import check_finite, make_plan
+    from athena_gguf.summary import print_summary
+
+    model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
+    device = _check(out, options)
+    stages = Stages()
+    with _work_dir(options, out) as work:
+        with stages.timed("base file"):
+            base_path = _base_file(model_dir, work, options)
+        with stages.timed("check"):
+            plan = make_plan(base_path, options.type, options.embedding_type)
+            check_finite(base_path)
+        curvatures = _curvatures(model_dir, plan, work, device, options, stages)
+        for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
+            plan.keep_standard(name, "no linear layer of the model feeds it")
+        with stages.timed("encoding"):
+            encoded = _encode(base_path, plan, curvatures, options)
+        with stages.timed("writing"):
+            _write(base_path, out, plan, encoded, curvatures, options)
+    print_summary(out, plan, encoded, curvatures, stages.seconds)
+
+
+def _check(out: Path, options: ConvertOptions) -> Any:
+    """The torch device. Raises AthenaError for options that cannot work, before any work is done."""
+    import torch
+
+    from athena_gguf.format import TYPES
+    from athena_gguf.gguf_file.standard import STANDARD_TYPES
+
+    if options.type not in TYPES:
+        raise AthenaError(f"--type {options.type}: choose from {', '.join(TYPES)}")
+    if options.embedding_type not in (*STANDARD_TYPES, *TYPES):
+        raise AthenaError(
+            f"--embedding-type {options.embedding_type}: choose from {', '.join((*STANDARD_TYPES, *TYPES))}"
+        )
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise AthenaError(f"--device {options.device}: choose from auto, cpu, cuda")
+    for name in options.calibration:
+        if name != "self" and not Path(name).is_file():
+            raise AthenaError(f"--calibration {name}: no such file")
+    if out.is_dir() or not out.parent.is_dir():
+        raise AthenaError(f"{out}: not a file in an existing folder")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise AthenaError("--device cuda: torch sees no CUDA device; use --device cpu")
+    name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@contextmanager
+def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
+    if options.work_dir is not None:
+        options.work_dir.mkdir(parents=True, exist_ok=True)
+        yield options.work_dir
+    else:
+        # Beside the result: the base file is as large as the model, and /tmp may be small.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+            yield Path(name)
+
+
+def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
+    from athena_gguf.gguf_file import write_base
+    from athena_gguf.gguf_file.base import check_model
+
+    check_model(model_dir)
+    if options.base is not None:
+        return options.base
+    path = work / "base.gguf"
+    if not path.exists():
+        with progress.stage("base file through llama.cpp's converter"):
+            write_base(model_dir, path)
+    return path
+
+
+def _curvatures(
+    model_dir: Path, plan: Any, work: Path, device: Any, options: ConvertOptions, stages: Stages
+) -> list[Curvature]:
+    """The curvature of every input of the planned layers, from the work directory if it was measured before."""
+    import torch
+
+    from athena_gguf.calibration import measure_curvature, store
+    from athena_gguf.model import load_model
+
+    tokens = options.calibration_tokens or CALIBRATION_TOKENS
+    key = store.fingerprint(model_dir, options.calibration, tokens, options.seed, str(device), plan.curved)
+    path = work / "curvature.pt"
+    kept = store.load(path, key)
+    if kept is not None:
+        progress.note("curvature: taken from the work directory")
+        return kept
+    # Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and curvature
+    # does not need more (docs/quality.md).
+    torch.set_float32_matmul_precision("medium")
+    model = load_model(model_dir, device, torch.float32)
+    layers = _layers(model, plan)
+    with stages.timed("calibration text"):
+        windows = _windows(model_dir, model, tokens, options)
+    batch = 4 if device.type == "cpu" else 16
+    with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
+        curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
+    store.save(path, key, curvatures)
+    return curvatures
+
+
+def _layers(model: Any, plan: Any) -> list[LinearLayer]:
+    from athena_gguf.model import linear_layers
+
+    layers = [
+        layer for layer in linear_layers(model, plan.architecture, plan.shapes) if layer.tensor_name in plan.curved
+    ]
+    if not layers:
+        raise AthenaError(f"no linear layer of this {plan.architecture} model is known to convert")
+    return layers
+
+
+def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) -> Any:
+    import torch
+
+    from athena_gguf.calibration import self_generated_windows, text_windows
+    from athena_gguf.model import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir)
+    files = [Path(name) for name in options.calibration if name != "self"]
+    share = tokens // 2 if files and "self" in options.calibration else tokens
+    parts = []
+    if files:
+        parts.append(text_windows(tokenizer, files, share, WINDOW, options.seed))
+    if "self" in options.calibration:
+        with progress.bar("calibration text, written by the model", share) as advance:
+            parts.append(self_generated_windows(model, tokenizer, share, WINDOW, options.seed, advance=advance))
+    windows = torch.cat(parts)
+    if windows.numel() < tokens // 2:
+        progress.note(f"warning: the calibration text has only {windows.numel():,} tokens of {tokens:,}")
+    return windows
+
+
+def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
+    """Encoded tensors by name. Works off one layer input after the other, a few of them in flight."""
+    import os
+    from collections import deque
+
+    import torch
+
+    from athena_gguf.encode import EncodeOptions, EncodePool, Metric
+    from athena_gguf.format import TYPES
+    from athena_gguf.gguf_file import GGUFFile
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    done: dict[str, Any] = {}
+    groups = [(c.matrix, [n for n in c.tensor_names if n in plan.encoded]) for c in curvatures]
+    groups += [(None, [n]) for n in plan.encoded if n not in plan.curved]  # embeddings that only look up rows
+    total = sum(plan.elements(n) for _, names in groups for n in names)
+    settings = EncodeOptions()
+    with (
+        GGUFFile(base_path) as base,
+        progress.bar("encoding", total) as advance,
+        EncodePool(settings, threads) as pool,
+    ):
+        waiting: deque[tuple[str, Any]] = deque()
+
+        def collect(limit: int) -> None:
+            while len(waiting) > limit:
+                name, result = waiting.popleft()
+                done[name] = result()
+                advance(plan.elements(name))
+
+        for matrix, names in groups:
+            if not names:
+                continue
+            columns = base.tensors[names[0]].columns
+            try:
+                metric = Metric.identity(columns) if matrix is None else Metric(matrix, settings.damping)
+            except ValueError as error:
+                raise AthenaError(f"tensor {names[0]}: {error}; give more or other calibration text") from error
+            for name in names:
+                weight = torch.from_numpy(base.tensors[name].to_float32())
+                waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))
+            collect(2 * threads + 4)
+        collect(0)
+    return done
+
+
+def _write(
+    base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], curvatures: list[Curvature], options: ConvertOptions
+) -> None:
+    from athena_gguf.format import TYPES
+    from athena_gguf.gguf_file import Replacement, write_quantized
+    from athena_gguf.plan import standard_replacements
+
+    replace = standard_replacements(base_path, plan)
+    for name, result in encoded.items():
+        replace[name] = Replacement(plan.encoded[name], lambda result=result: result.data)
+    write_quantized(base_path, out, replace, _metadata(curvatures, options), file_type=TYPES[options.type].file_type)
+
+
+def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
+    """The settings that made a file; nothing in it depends on the machine, the clock or a path's folder."""
+    from athena_gguf import __version__
+    from athena_gguf.encode import EncodeOptions
+    from athena_gguf.format import FORMAT_VERSION
+
+    settings = EncodeOptions()
+    return {
+        "athena.format_version": FORMAT_VERSION,
+        "athena.version": __version__,
+        "athena.type": options.type,
+        "athena.embedding_type": options.embedding_type,
+        "athena.calibration": [name if name == "self" else Path(name).name for name in options.calibration],
+        "athena.calibration_tokens": curvatures[0].tokens,
+        "athena.calibration_window": WINDOW,
+        "athena.seed": options.seed,
+        "athena.damping": settings.damping,
+        "athena.sweeps": settings.sweeps,
+    }

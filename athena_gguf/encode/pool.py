@@ -1,0 +1,53 @@
+"""Spreads the encoding of tensors over CPU threads, in pieces of rows.
+
+Every piece is computed by one thread with single-threaded algebra, and the cut into pieces does not depend on the
+number of threads: neither does the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from athena_gguf.encode.matrix import Encoded, EncodeOptions, encode_rows
+from athena_gguf.encode.metric import Metric
+from athena_gguf.format import AType
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 256  # rows
+
+
+class EncodePool:
+    """Use as a context manager; leaving it cancels what has not started."""
+
+    def __init__(self, options: EncodeOptions, threads: int) -> None:
+        import torch
+
+        self.options = options
+        # The initializer runs in every worker thread: torch's thread count is kept per thread.
+        self.executor = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> EncodePool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, weight: torch.Tensor, metric: Metric, kind: AType) -> Callable[[], Encoded]:
+        """Start encoding `weight` [rows, columns]; the result's call waits for it."""
+        pieces: list[Future[Encoded]] = [
+            self.executor.submit(encode_rows, weight[a : a + PIECE], metric, kind, self.options)
+            for a in range(0, len(weight), PIECE)
+        ]
+
+        def result() -> Encoded:
+            parts = [p.result() for p in pieces]
+            data = np.concatenate([p.data for p in parts])
+            return Encoded(data, sum(p.loss for p in parts), sum(p.power for p in parts))
+
+        return result

@@ -1,0 +1,71 @@
+"""What a conversion did: printed at its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf import progress
+
+if TYPE_CHECKING:
+    from athena_gguf.calibration import Curvature
+    from athena_gguf.plan import Plan
+
+# An input whose curvature rests on fewer tokens than this many times its columns has noise in it.
+TOKENS_PER_COLUMN = 4
+
+
+def print_summary(
+    out: Path, plan: Plan, encoded: Mapping[str, Any], curvatures: list[Curvature], seconds: Mapping[str, float]
+) -> None:
+    """Loss by tensor, effective tokens by layer input, size, bits a weight and the time of every stage, on stderr."""
+    losses = {name: f"{100 * e.loss / e.power if e.power else 0.0:.3f}" for name, e in encoded.items()}
+    _grid("loss of the encoding, % of the power under the curvature", losses)
+    tokens = {_input_name(c): f"{c.effective_tokens:.0f}" for c in curvatures}
+    _grid(f"effective calibration tokens, of {curvatures[0].tokens:,}", tokens)
+    few = [c for c in curvatures if c.effective_tokens < TOKENS_PER_COLUMN * len(c.matrix)]
+    for c in few:
+        progress.note(
+            f"warning: the curvature of {c.tensor_names[0]} rests on {c.effective_tokens:.0f} tokens for "
+            f"{len(c.matrix)} columns; more --calibration-tokens would help"
+        )
+    weights = sum(plan.elements(n) for n in encoded)
+    bits = 8 * sum(e.data.nbytes for e in encoded.values())
+    elements = sum(plan.elements(n) for n in plan.shapes)
+    size = out.stat().st_size
+    progress.note(f"encoded: {len(encoded)} tensors, {weights:,} weights at {bits / weights:.3f} bits")
+    progress.note(f"{out}: {size / 2**20:.1f} MiB, {8 * size / elements:.3f} bits a weight over all")
+    times = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+    progress.note(f"time: {times}; total {sum(seconds.values()):.1f} s")
+
+
+def _input_name(curvature: Curvature) -> str:
+    """The tensors that share an input, as `blk.3.attn_q+k+v`."""
+    first, *others = (name.removesuffix(".weight") for name in curvature.tensor_names)
+    return first + "".join("+" + other.rsplit("_", 1)[-1] for other in others)
+
+
+def _grid(title: str, cells: Mapping[str, str]) -> None:
+    """`blk.N.name` cells as a table of N by name; the rest, a line each."""
+    rows: dict[str, dict[str, str]] = {}
+    single = {}
+    for name, text in cells.items():
+        match = re.fullmatch(r"blk\.(\d+)\.(.+?)(\.weight)?", name)
+        if match:
+            rows.setdefault(match[1], {})[match[2]] = text
+        else:
+            single[name] = text
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    progress.note(f"{title}:")
+    if rows:
+        width = [max(len(c), 8) for c in columns]
+        progress.note("  block " + " ".join(c.rjust(w) for c, w in zip(columns, width, strict=True)))
+        for number in sorted(rows, key=int):
+            row = rows[number]
+            progress.note(
+                f"  {number:>5} " + " ".join(row.get(c, "-").rjust(w) for c, w in zip(columns, width, strict=True))
+            )
+    for name, text in single.items():
+        progress.note(f"  {name} {text}")
