@@ -4,7 +4,6 @@
 
 #include "ggml-athena.h"
 #include "ggml-athena-tables.h"
-#include "ggml-impl.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -107,9 +106,10 @@ static void viterbi_step(const trellis * t, const float * target, const float * 
             const float * cp = c2[t->base[n] + t->x_offset[x]];
             const float * up = u2[t->base[n] + t->x_offset[x]];
             for (int l = 0; l < ATHENA_LANES; l++) {
-                const float cost = cp[l] + b[l]*up[l];
-                choice[l] = cost < least[l] ? x : choice[l];
-                least[l]  = cost < least[l] ? cost : least[l];
+                const float   cost   = cp[l] + b[l]*up[l];
+                const int32_t better = -(int32_t) (cost < least[l]); // a mask: compilers turn this into vector code
+                choice[l] ^= (choice[l] ^ x) & better;
+                least[l]   = cost < least[l] ? cost : least[l];
             }
         }
         for (int l = 0; l < ATHENA_LANES; l++) {
@@ -157,17 +157,18 @@ static void viterbi_row(const trellis * t, workspace * ws, int64_t k) {
 
 // The nearest scale byte.
 static uint8_t scale_code(double scale) {
-    if (!(scale > ggml_athena_scale(0))) {
+    if (!(scale > (double) ggml_athena_scale(0))) {
         return 0;
     }
-    if (scale >= ggml_athena_scale(255)) {
+    if (scale >= (double) ggml_athena_scale(255)) {
         return 255;
     }
     const float f = (float) scale;
     uint32_t bits;
     memcpy(&bits, &f, sizeof(bits));
     bits -= 108u << 23; // within an octave the bits are linear in the value, so rounding them rounds the value
-    return (uint8_t) MIN((bits + (1u << 18)) >> 19, 255u);
+    bits = (bits + (1u << 18)) >> 19;
+    return bits > 255 ? 255 : (uint8_t) bits;
 }
 
 static double row_error(const workspace * ws, int64_t k) {
@@ -189,10 +190,10 @@ static void first_scales(const trellis * t, workspace * ws, int64_t k) {
     for (int64_t g = 0; g < k/ATHENA_GROUP; g++) {
         double sum = 0.0, weight = 0.0;
         for (int64_t c = g*ATHENA_GROUP; c < (g + 1)*ATHENA_GROUP; c++) {
-            sum    += (double) ws->w[c]*ws->x[c]*ws->x[c];
+            sum    += (double) (ws->w[c]*ws->x[c]*ws->x[c]);
             weight += (double) ws->w[c];
         }
-        ws->codes[g] = scale_code(weight > 0.0 ? sqrt(sum/weight)/t->rms : 0.0);
+        ws->codes[g] = scale_code(weight > 0.0 ? sqrt(sum/weight)/(double) t->rms : 0.0);
     }
 }
 
@@ -202,8 +203,8 @@ static bool refit_scales(workspace * ws, int64_t k) {
     for (int64_t g = 0; g < k/ATHENA_GROUP; g++) {
         double xv = 0.0, vv = 0.0;
         for (int64_t c = g*ATHENA_GROUP; c < (g + 1)*ATHENA_GROUP; c++) {
-            xv += (double) ws->w[c]*ws->x[c]*ws->levels[c];
-            vv += (double) ws->w[c]*ws->levels[c]*ws->levels[c];
+            xv += (double) (ws->w[c]*ws->x[c]*ws->levels[c]);
+            vv += (double) (ws->w[c]*ws->levels[c]*ws->levels[c]);
         }
         const uint8_t code = vv > 0.0 ? scale_code(xv/vv) : ws->codes[g];
         changed |= code != ws->codes[g];
@@ -242,9 +243,13 @@ static void pack_tail(enum ggml_type type, const uint8_t * symbols, uint8_t * pl
     }
 }
 
+static size_t row_size(enum ggml_type type, int64_t k) {
+    return (size_t) (k/ATHENA_GROUP)*ggml_athena_group_size(type);
+}
+
 static void pack_row(enum ggml_type type, const uint8_t * symbols, const uint8_t * codes, uint8_t * y, int64_t k) {
-    const size_t group = ggml_type_size(type);
-    memset(y, 0, ggml_row_size(type, k));
+    const size_t group = ggml_athena_group_size(type);
+    memset(y, 0, row_size(type, k));
     int64_t c = 0;
     for (; k - c >= ATHENA_SUPER; c += ATHENA_SUPER, y += 4*group) {
         memcpy(y, codes + c/ATHENA_GROUP, 4);
@@ -266,7 +271,7 @@ static void load_row(workspace * ws, const float * x, const float * importance, 
     }
     const double mean = sum/(double) k;
     for (int64_t c = 0; c < k; c++) {
-        ws->w[c] = mean > 1e-30 ? (float) (ws->w[c]/mean) : 1.0f;
+        ws->w[c] = mean > 1e-30 ? (float) ((double) ws->w[c]/mean) : 1.0f;
     }
 }
 
@@ -293,16 +298,16 @@ static void quantize_row(enum ggml_type type, const trellis * t, workspace * ws,
 
 static size_t quantize_rows(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t k, const float * imatrix) {
     GGML_ASSERT(k > 0 && k % ATHENA_GROUP == 0);
-    const size_t row_size = ggml_row_size(type, k);
+    const size_t size = row_size(type, k);
     trellis t;
     workspace ws;
     make_trellis(type, &t);
     uint8_t * memory = make_workspace(&ws, k, t.states);
     for (int64_t r = 0; r < nrows; r++) {
-        quantize_row(type, &t, &ws, src + r*k, imatrix, (uint8_t *) dst + r*row_size, k);
+        quantize_row(type, &t, &ws, src + r*k, imatrix, (uint8_t *) dst + r*size, k);
     }
     free(memory);
-    return nrows*row_size;
+    return nrows*size;
 }
 
 size_t quantize_a2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {

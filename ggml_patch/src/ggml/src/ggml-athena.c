@@ -2,7 +2,6 @@
 
 #include "ggml-athena.h"
 #include "ggml-athena-tables.h"
-#include "ggml-impl.h"
 
 #include <math.h>
 
@@ -72,7 +71,7 @@ size_t ggml_athena_decode_block(enum ggml_type type, ggml_athena_state * state, 
         state->windows[1][lane] = state->windows[0][lane];
         state->windows[0][lane] = window;
     }
-    return (columns/ATHENA_GROUP) * ggml_type_size(type);
+    return (columns/ATHENA_GROUP) * ggml_athena_group_size(type);
 }
 
 static void dequantize_row(enum ggml_type type, const void * x, float * y, int64_t k) {
@@ -112,7 +111,8 @@ void quantize_row_q8_a64_ref(const float * GGML_RESTRICT x, void * GGML_RESTRICT
         for (int c = 0; c < ATHENA_GROUP; c++) {
             uint32_t b;
             memcpy(&b, &x[c], sizeof(b));
-            bits = MAX(bits, b & 0x7fffffff);
+            b &= 0x7fffffff;
+            bits = b > bits ? b : bits;
         }
         float amax;
         memcpy(&amax, &bits, sizeof(amax));

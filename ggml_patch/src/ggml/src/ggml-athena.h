@@ -76,6 +76,11 @@ static inline bool ggml_athena_is_row_type(enum ggml_type type) {
     return type == GGML_TYPE_A2 || type == GGML_TYPE_A3 || type == GGML_TYPE_A4;
 }
 
+// Bytes of 64 columns, wherever they are in a row.
+static inline size_t ggml_athena_group_size(enum ggml_type type) {
+    return type == GGML_TYPE_A2 ? sizeof(block_a2_tail) : type == GGML_TYPE_A3 ? sizeof(block_a3_tail) : sizeof(block_a4_tail);
+}
+
 // Scale byte to scale: 2^-19 .. 0.2421875.
 static inline float ggml_athena_scale(uint8_t code) {
     const uint32_t bits = ((uint32_t) code << 19) + (108u << 23);

@@ -2,7 +2,6 @@
 
 #include "athena.h"
 #include "athena-avx2.h"
-#include "ggml-impl.h"
 
 static float vec_dot_generic(enum ggml_type type, int n, const uint8_t * x, const block_q8_a64 * y) {
     assert(n % ATHENA_GROUP == 0);

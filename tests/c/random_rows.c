@@ -1,0 +1,96 @@
+// Random bytes as rows of every type, in heap buffers of exactly their size, through every decoder; then random floats
+// (some of them not finite) through every quantizer. For the sanitizers; also fails where a value is not finite.
+
+#include "athena.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+typedef void (*dot_fn)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+
+typedef struct {
+    enum ggml_type type;
+    size_t size; // of 64 columns
+    void (*decode)(const void *, float *, int64_t);
+    void (*encode)(const float *, void *, int64_t);
+    dot_fn dot;
+    dot_fn dot_generic;
+} kind;
+
+static const kind kinds[] = {
+    { GGML_TYPE_A2, 17, dequantize_row_a2, quantize_row_a2, ggml_vec_dot_a2_q8_a64, ggml_vec_dot_a2_q8_a64_generic },
+    { GGML_TYPE_A3, 25, dequantize_row_a3, quantize_row_a3, ggml_vec_dot_a3_q8_a64, ggml_vec_dot_a3_q8_a64_generic },
+    { GGML_TYPE_A4, 33, dequantize_row_a4, quantize_row_a4, ggml_vec_dot_a4_q8_a64, ggml_vec_dot_a4_q8_a64_generic },
+};
+
+static uint64_t seed = 1;
+
+static uint32_t random_bits(void) {
+    seed = seed*6364136223846793005u + 1442695040888963407u;
+    return (uint32_t) (seed >> 32);
+}
+
+static void * exactly(size_t size) {
+    void * p = malloc(size);
+    if (p == NULL) {
+        exit(2);
+    }
+    return p;
+}
+
+static void expect(bool good, const char * what, int64_t columns) {
+    if (!good) {
+        fprintf(stderr, "%s, %d columns\n", what, (int) columns);
+        exit(1);
+    }
+}
+
+static bool all_finite(const float * x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void test_row(const kind * k, int64_t columns) {
+    uint8_t * row = exactly((size_t) (columns/64)*k->size);
+    float * values = exactly((size_t) columns*sizeof(float));
+    block_q8_a64 * activations = exactly((size_t) (columns/64)*sizeof(block_q8_a64));
+    for (size_t i = 0; i < (size_t) (columns/64)*k->size; i++) {
+        row[i] = (uint8_t) random_bits();
+    }
+    k->decode(row, values, columns);
+    expect(all_finite(values, columns), "a decoded value is not finite", columns);
+
+    float s[2] = { NAN, NAN };
+    quantize_row_q8_a64(values, activations, columns);
+    quantize_row_q8_a64_ref(values, activations, columns);
+    k->dot((int) columns, &s[0], 0, row, 0, activations, 0, 1);
+    k->dot_generic((int) columns, &s[1], 0, row, 0, activations, 0, 1);
+    expect(all_finite(s, 2), "a dot product is not finite", columns);
+
+    for (int64_t i = 0; i < columns; i++) {
+        const uint32_t bits = random_bits(); // any float, not-a-number and infinities among them
+        memcpy(&values[i], &bits, sizeof(bits));
+    }
+    quantize_row_q8_a64(values, activations, columns);
+    quantize_row_q8_a64_ref(values, activations, columns);
+    k->encode(values, row, columns);
+    k->decode(row, values, columns);
+    expect(all_finite(values, columns), "a quantized value is not finite", columns);
+    free(row);
+    free(values);
+    free(activations);
+}
+
+int main(void) {
+    for (size_t i = 0; i < sizeof(kinds)/sizeof(kinds[0]); i++) {
+        for (int64_t columns = 64; columns <= 1408; columns += 64) {
+            test_row(&kinds[i], columns);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,115 @@
+"""The C row decoders, dot products and quantizers against NumPy."""
+
+import subprocess
+
+import ggml_library
+import golden_vectors
+import numpy as np
+import pytest
+from ggml_library import ACTIVATION, Library
+
+from athena_gguf.format import TYPES, AType, decode_rows, decode_scale, levels, row_bytes, unpack_rows
+
+WIDTHS = (64, 128, 192, 256, 320, 576, 896, 960, 1536, 2880, 4096)
+BUILDS = {"plain": [], "avx2": ["-mavx2", "-mfma"], "native": ["-march=native"]}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Our sources built for the plain architecture, for AVX2 (where the CPU has it) and for this CPU."""
+    if request.param == "avx2" and not ggml_library.has_avx2():
+        pytest.skip("the CPU has no AVX2")
+    path = tmp_path_factory.mktemp(request.param) / "libathena.so"
+    ggml_library.compile_c(path, [*BUILDS[request.param], "-shared", "-fPIC"], [])
+    return Library(path)
+
+
+def random_row(kind: AType, columns: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, row_bytes(kind, columns)).astype(np.uint8)
+
+
+def random_activations(columns: int, rng: np.random.Generator) -> np.ndarray:
+    blocks = np.zeros(columns // 64, ACTIVATION)
+    blocks["qs"] = rng.integers(-127, 128, (blocks.size, 64))
+    blocks["offset"] = -64 * blocks["qs"].sum(axis=1, dtype=np.int32)
+    blocks["d"] = rng.uniform(0.001, 0.1, blocks.size)
+    return blocks
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+def test_golden_vectors_decode_exactly(library: Library, kind: AType) -> None:
+    for columns, row, values in golden_vectors.read(kind):
+        np.testing.assert_array_equal(library.decode(kind, row, columns), values)
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("suffix", ["", "_generic"])
+def test_integer_sums_are_exact(library: Library, kind: AType, suffix: str) -> None:
+    """With one group's d a power of two and the others 0, the float result holds that group's integer sum."""
+    rng = np.random.default_rng(1)
+    for columns in (64, 192, 256, 576, 896):
+        row = random_row(kind, columns, rng)
+        symbols, codes = unpack_rows(kind, row[None], columns)
+        products = levels(kind, symbols)[0].astype(np.int64).reshape(-1, 64)
+        scales = decode_scale(codes)[0].astype(np.float64)
+        activations = random_activations(columns, rng)
+        # the extremes too: every value -127 or 127
+        activations["qs"][::2] = np.where(rng.random(activations["qs"][::2].shape) < 0.5, -127, 127)
+        activations["offset"] = -64 * activations["qs"].sum(axis=1, dtype=np.int32)
+        sums = (products * activations["qs"]).sum(axis=1)
+        for group in range(columns // 64):
+            activations["d"] = 0
+            activations["d"][group] = 1.0
+            mantissa = np.frexp(scales[group])[0]  # of five bits: its product with the sum is exact in a float
+            assert library.dot(kind, row, activations, suffix) == sums[group] * scales[group], (group, mantissa)
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("suffix", ["", "_generic"])
+def test_dot_product_against_double_precision(library: Library, kind: AType, suffix: str) -> None:
+    rng = np.random.default_rng(2)
+    for columns in WIDTHS:
+        row, activations = random_row(kind, columns, rng), random_activations(columns, rng)
+        weights = decode_rows(kind, row[None], columns)[0].astype(np.float64)
+        values = (activations["d"][:, None].astype(np.float64) * activations["qs"]).reshape(-1)
+        got = library.dot(kind, row, activations, suffix)
+        # at most one rounding a group and lane beyond the exact integers
+        assert abs(got - weights @ values) <= 1e-6 * np.abs(weights * values).sum()
+
+
+def test_activations_are_the_nearest_bytes(library: Library) -> None:
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal(4096) * np.exp(rng.normal(0, 4, 4096))).astype(np.float32)
+    x[64:128] = 0
+    x[128:192] = 1e-38  # too small to scale: becomes 0
+    x[192:256] = np.arange(64) - 32  # ties and exact values
+    blocks = library.quantize_activations(x)
+    reference = library.quantize_activations(x, "_ref")
+    assert blocks.tobytes() == reference.tobytes()
+    np.testing.assert_array_equal(blocks["offset"], -64 * blocks["qs"].sum(axis=1, dtype=np.int32))
+    ordinary = np.abs(x.reshape(-1, 64)).max(axis=1) > 1e-30
+    error = np.abs(blocks["d"][:, None].astype(np.float64) * blocks["qs"] - x.reshape(-1, 64))
+    assert (error[ordinary] <= 0.5001 * blocks["d"][ordinary, None]).all()
+    assert (blocks["qs"][~ordinary] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite_reach_the_result(library: Library, bad: float) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal(320).astype(np.float32)
+    x[70] = bad
+    blocks = library.quantize_activations(x)
+    assert blocks.tobytes() == library.quantize_activations(x, "_ref").tobytes()
+    for kind in TYPES.values():
+        assert np.isnan(library.dot(kind, random_row(kind, 320, rng), blocks))
+
+
+@pytest.mark.parametrize("compiler_flags", [[], ["-mavx2", "-mfma"]], ids=["plain", "avx2"])
+def test_random_bytes_under_sanitizers(compiler_flags: list[str], tmp_path: object) -> None:
+    if compiler_flags and not ggml_library.has_avx2():
+        pytest.skip("the CPU has no AVX2")
+    program = tmp_path / "random_rows"  # type: ignore[operator]
+    sanitize = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    ggml_library.compile_c(program, [*compiler_flags, *sanitize], [ggml_library.C_TESTS / "random_rows.c"])
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,78 @@
+"""Measure the dot-product speed of A2, A3 and A4 against llama.cpp's types in the same build, on one core.
+
+The types run in alternation and the medians of many repeats count, so that other load on the machine does little harm.
+Prints weights per second (10^9) for rows of 4096 and 576 columns, and the ratios to llama.cpp's types.
+
+    python tools/bench_kernels.py                     # the runtime's build
+    python tools/bench_kernels.py --tree SRC --build DIR --core 1
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+SHAPES = ((4096, 11008), (576, 49152))  # columns, rows
+RATIOS = (("a3", "iq3_xxs", 2.2), ("a3", "iq3_s", 2.7), ("a2", "iq2_xxs", 1.9), ("a4", "iq4_xs", 1.1))
+
+Times = dict[str, list[float]]
+
+
+def compile_benchmark(tree: Path, build: Path, target: Path) -> None:
+    libraries = build / "bin"
+    command = ["cc", "-O2", "-std=gnu11", f"-I{tree / 'ggml' / 'include'}", str(Path(__file__).with_suffix(".c"))]
+    command += ["-o", str(target), f"-L{libraries}", "-lggml-cpu", "-lggml-base", "-lm", f"-Wl,-rpath,{libraries}"]
+    subprocess.run(command, check=True)
+
+
+def measure(program: Path, columns: int, rows: int, repeats: int) -> Times:
+    """Seconds of every repeat by type."""
+    result = subprocess.run(
+        [program, str(rows), str(columns), str(repeats)], check=True, capture_output=True, text=True
+    )
+    times: Times = defaultdict(list)
+    for line in result.stdout.splitlines():
+        name, _, _, seconds = line.split()
+        times[name].append(float(seconds))
+    return times
+
+
+def report(times: Times, columns: int, rows: int) -> None:
+    print(f"rows of {columns}, {rows} of them")
+    for name, seconds in times.items():
+        print(f"  {name:8} {rows * columns / statistics.median(seconds) / 1e9:6.2f} Gweights/s")
+    for ours, theirs, wanted in RATIOS:
+        if theirs in times:
+            ratio = statistics.median(b / a for a, b in zip(times[ours], times[theirs], strict=True))
+            print(f"  {ours} / {theirs}: {ratio:.2f} (wanted: at least {wanted})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", type=Path, help="patched llama.cpp source (default: the runtime's)")
+    parser.add_argument("--build", type=Path, help="its build folder (default: the runtime's)")
+    parser.add_argument("--core", type=int, default=0, help="the core to run on (default 0)")
+    parser.add_argument("--repeats", type=int, default=15, help="repeats of every type (default 15)")
+    args = parser.parse_args()
+    if (args.tree is None) != (args.build is None):
+        parser.error("--tree and --build go together")
+    if args.tree is None:
+        from athena_gguf.runtime import build, source_tree
+
+        args.tree, args.build = source_tree(), build().parent
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {args.core})
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "bench_kernels")
+        compile_benchmark(args.tree, args.build.absolute(), program)
+        for columns, rows in SHAPES:
+            report(measure(program, columns, rows, args.repeats), columns, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
