@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import athena_gguf
+from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 
 
@@ -64,5 +65,9 @@ def locked(folder: Path) -> Iterator[None]:
         except ImportError:  # Windows
             pass
         else:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.note(f"waiting for another process that works in {folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
