@@ -78,6 +78,7 @@ def test_exit_codes(monkeypatch, tmp_path, raised, code):
 def test_ctrl_c_is_130(tmp_path):
     code = (
         "import os, signal; from athena_gguf import cli; from athena_gguf.report import inspection\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "inspection.print_inspection = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "import sys; sys.argv = ['athena-gguf', 'inspect', 'x']; cli.main()"
     )
