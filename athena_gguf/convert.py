@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
-    from athena_gguf.plan import check_finite, make_plan
+    from athena_gguf.gguf_file.atomic import require_space
+    from athena_gguf.plan import check_finite, make_plan, predicted_bytes
     from athena_gguf.summary import print_summary
 
     model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
@@ -68,6 +70,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
             base_path = _base_file(model_dir, work, options)
         with stages.timed("check"):
             plan = make_plan(base_path, options.type, options.embedding_type)
+            require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
         curvatures = _curvatures(model_dir, plan, work, device, options, stages)
         for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
@@ -99,6 +102,8 @@ def _check(out: Path, options: ConvertOptions) -> Any:
             raise AthenaError(f"--calibration {name}: no such file")
     if out.is_dir() or not out.parent.is_dir():
         raise AthenaError(f"{out}: not a file in an existing folder")
+    if options.base is not None and out.exists() and options.base.exists() and out.samefile(options.base):
+        raise AthenaError(f"{out} is the base file; write the result elsewhere")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AthenaError("--device cuda: torch sees no CUDA device; use --device cpu")
     name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -108,25 +113,41 @@ def _check(out: Path, options: ConvertOptions) -> Any:
 @contextmanager
 def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
     if options.work_dir is not None:
-        options.work_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            options.work_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AthenaError(f"--work-dir {options.work_dir}: {error.strerror}") from error
         yield options.work_dir
-    else:
+        return
+    try:
         # Beside the result: the base file is as large as the model, and /tmp may be small.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-            yield Path(name)
+        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise AthenaError(f"{out} cannot be written: {error.strerror}") from error
+    with folder as name:
+        yield Path(name)
 
 
 def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
+    from athena_gguf.calibration import store
     from athena_gguf.gguf_file import write_base
+    from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.gguf_file.base import check_model
+    from athena_gguf.plan import weight_count
 
     check_model(model_dir)
     if options.base is not None:
         return options.base
-    path = work / "base.gguf"
-    if not path.exists():
-        with progress.stage("base file through llama.cpp's converter"):
-            write_base(model_dir, path)
+    path, mark = work / "base.gguf", work / "base.model"
+    key = store.model_fingerprint(model_dir)
+    if path.exists() and mark.exists() and mark.read_text() == key:
+        progress.note("base file: taken from the work directory")
+        return path
+    require_space(work, 2 * weight_count(model_dir), "the base file")
+    mark.unlink(missing_ok=True)
+    with progress.stage("base file through llama.cpp's converter"):
+        write_base(model_dir, path)
+    mark.write_text(key)
     return path
 
 
@@ -146,28 +167,44 @@ def _curvatures(
     if kept is not None:
         progress.note("curvature: taken from the work directory")
         return kept
-    # Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and curvature
-    # does not need more (docs/quality.md).
-    torch.set_float32_matmul_precision("medium")
     model = load_model(model_dir, device, torch.float32)
-    layers = _layers(model, plan)
-    with stages.timed("calibration text"):
-        windows = _windows(model_dir, model, tokens, options)
-    batch = 4 if device.type == "cpu" else 16
-    with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
-        curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
-    store.save(path, key, curvatures)
+    layers = _layers(model, plan, options.base)
+    with _bfloat16_products():
+        with stages.timed("calibration text"):
+            windows = _windows(model_dir, model, tokens, options)
+        batch = 4 if device.type == "cpu" else 16
+        with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
+            curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
+    if options.work_dir is not None:
+        store.save(path, key, curvatures)
     return curvatures
 
 
-def _layers(model: Any, plan: Any) -> list[LinearLayer]:
-    from athena_gguf.model import linear_layers
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and curvature
+    does not need more (docs/quality.md). Encoding does, so this ends with the block."""
+    import torch
 
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _layers(model: Any, plan: Any, base: Path | None) -> list[LinearLayer]:
+    from athena_gguf.model import linear_layers
+    from athena_gguf.plan import check_same_model
+
+    if base is not None:
+        check_same_model(base, model, plan.architecture)
     layers = [
         layer for layer in linear_layers(model, plan.architecture, plan.shapes) if layer.tensor_name in plan.curved
     ]
     if not layers:
-        raise AthenaError(f"no linear layer of this {plan.architecture} model is known to convert")
+        raise AthenaError(f"no linear layer of this {plan.architecture} model can become an A type; see the warnings")
     return layers
 
 
@@ -205,7 +242,9 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     done: dict[str, Any] = {}
-    groups = [(c.matrix, [n for n in c.tensor_names if n in plan.encoded]) for c in curvatures]
+    groups: list[tuple[Any, list[str]]] = [
+        (c.matrix, [n for n in c.tensor_names if n in plan.encoded]) for c in curvatures
+    ]
     groups += [(None, [n]) for n in plan.encoded if n not in plan.curved]  # embeddings that only look up rows
     total = sum(plan.elements(n) for _, names in groups for n in names)
     settings = EncodeOptions()
@@ -247,7 +286,7 @@ def _write(
 
     replace = standard_replacements(base_path, plan)
     for name, result in encoded.items():
-        replace[name] = Replacement(plan.encoded[name], lambda result=result: result.data)
+        replace[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
     write_quantized(base_path, out, replace, _metadata(curvatures, options), file_type=TYPES[options.type].file_type)
 
 

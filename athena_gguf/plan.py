@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,10 @@ from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import GROUP, LANES, TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize
+from athena_gguf.gguf_file.types import row_bytes
 
 EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+_COLUMNS = 4  # of every tensor, compared with the model's
 _CHUNK = 1 << 24  # elements looked at in one go
 
 
@@ -65,9 +69,65 @@ def make_plan(base_path: Path, type_name: str, embedding_type: str) -> Plan:
             plan.keep_standard(name, f"its row width is no multiple of {GROUP}")
         elif len(shape) > 2:
             plan.keep_standard(name, "experts are not encoded yet")
-        elif name == "token_embd.weight" and "output.weight" in big or name == "per_layer_token_embd.weight":
+        elif (name == "token_embd.weight" and "output.weight" in big) or name == "per_layer_token_embd.weight":
             plan.curved.discard(name)  # only looked up, so its rows have no input to weight columns by
     return plan
+
+
+def weight_count(model_dir: Path) -> int:
+    """Numbers in the safetensors files of a model directory, from their headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
+
+
+def predicted_bytes(base_path: Path, plan: Plan) -> int:
+    """About the size of the result."""
+    kinds = plan.standard | plan.encoded
+    with GGUFFile(base_path) as base:
+        return base.n_bytes + sum(
+            base.tensors[name].n_elements // base.tensors[name].columns * row_bytes(kind, base.tensors[name].columns)
+            - base.tensors[name].n_bytes
+            for name, kind in kinds.items()
+        )
+
+
+def check_same_model(base_path: Path, model: Any, architecture: str) -> None:
+    """Raises AthenaError naming a tensor of the base file whose shape or weights are not the model's.
+
+    Looks at a few columns only, and at them sorted, since the base file may permute rows.
+    """
+    import torch
+
+    from athena_gguf.model.linear import named_layers
+
+    with GGUFFile(base_path) as base:
+        pairs = [
+            (base.tensors[x.tensor_name], x.module.weight) for x in named_layers(model, architecture, base.tensors)
+        ]
+        for tensor, weight in pairs:
+            if tensor.shape != tuple(weight.shape):
+                raise AthenaError(
+                    f"{base_path}: tensor {tensor.name} is {list(tensor.shape)}, but the model has "
+                    f"{list(weight.shape)}; give the base file of this model"
+                )
+        for tensor, weight in pairs:
+            if tensor.type_name not in ("BF16", "F16"):
+                continue
+            width = tensor.data.shape[-1] // tensor.columns
+            few = np.ascontiguousarray(tensor.data[:, : _COLUMNS * width]).view(np.int16)
+            kind = torch.bfloat16 if tensor.type_name == "BF16" else torch.float16
+            ours = torch.from_numpy(few).view(kind).float().sort(0).values
+            theirs = weight[:, :_COLUMNS].detach().float().cpu().sort(0).values
+            if not torch.allclose(ours, theirs, rtol=2**-8, atol=2**-24):
+                raise AthenaError(
+                    f"{base_path}: tensor {tensor.name} holds other weights than the model; give the base file of "
+                    "this model"
+                )
 
 
 def check_finite(base_path: Path) -> None:

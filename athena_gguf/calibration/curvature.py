@@ -102,7 +102,11 @@ def measure_curvature(
             batch = windows[start : start + batch_windows].to(device)
             for group, _ in inputs:
                 group.clear()
-            _backward(model, batch, labels, generator)
+            try:
+                _backward(model, batch, labels, generator)
+            except FloatingPointError as error:
+                name = next((g.names[0] for g, _ in inputs if not torch.isfinite(g.x).all()), "the output")
+                raise AthenaError(f"{name}: NaN or Inf in the activations; check the model's weights") from error
             advance(batch.numel())
     finally:
         for handle in handles:
@@ -114,7 +118,7 @@ def _finish(group: _Input) -> Curvature:
     import torch
 
     total = float(group.sum_u)
-    if not total > 0:
+    if total == 0:
         raise AthenaError(f"{group.names[0]}: the loss has no gradient here; give other calibration text")
     matrix = group.sum_xx.div_(total).cpu()
     if not torch.isfinite(matrix).all():
@@ -130,6 +134,8 @@ def _backward(model: Any, batch: torch.Tensor, labels: str, generator: Any) -> N
     import torch
 
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError
     if labels == "sampled":
         with torch.no_grad():
             target = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -7,30 +7,48 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from athena_gguf import __version__
+from athena_gguf import __version__, progress
 from athena_gguf.calibration.curvature import Curvature
+from athena_gguf.errors import AthenaError
 
 
 def fingerprint(
     model_dir: Path, calibration: Sequence[str], tokens: int, seed: int, device: str, tensors: Iterable[str]
 ) -> str:
     """A digest of everything that a measured curvature depends on; files count by name, size and time of change."""
-    files = [p for p in sorted(model_dir.iterdir()) if p.is_file()]
-    files += [Path(name) for name in calibration if name != "self"]
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    what = [__version__, stats, list(calibration), tokens, seed, device, sorted(tensors)]
+    texts = _stats(Path(name) for name in calibration if name != "self")
+    return _digest(model_fingerprint(model_dir), texts, list(calibration), tokens, seed, device, sorted(tensors))
+
+
+def model_fingerprint(model_dir: Path) -> str:
+    """A digest of the files of a model directory, by name, size and time of change."""
+    return _digest(__version__, _stats(p for p in sorted(model_dir.iterdir()) if p.is_file()))
+
+
+def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def _digest(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def save(path: Path, key: str, curvatures: Sequence[Curvature]) -> None:
-    """Keep `curvatures` under a fingerprint; the file appears only when it is complete."""
+    """Keep `curvatures` under a fingerprint; the file appears only when it is complete.
+
+    They are not kept, and a warning says so, if the disk has no room: the conversion can go on without.
+    """
     import torch
 
-    from athena_gguf.gguf_file.atomic import temporary_beside
+    from athena_gguf.gguf_file.atomic import require_space, temporary_beside
 
     content = {"key": key, "curvatures": [vars(c) for c in curvatures]}
-    with temporary_beside(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        require_space(path.parent, sum(c.matrix.nbytes for c in curvatures), "the measured curvature")
+        with temporary_beside(path) as temporary:
+            torch.save(content, temporary)
+    except (AthenaError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
+        progress.note(f"warning: the curvature is not kept for further conversions: {error}")
 
 
 def load(path: Path, key: str) -> list[Curvature] | None:

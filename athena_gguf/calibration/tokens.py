@@ -61,9 +61,10 @@ def self_generated_windows(
     done = []
     with torch.no_grad():
         start = torch.full((1, 1), first, device=device)
-        likely = (
-            model(input_ids=start).logits[0, -1].topk(min(4096, model.get_input_embeddings().num_embeddings)).indices
-        )
+        logits = model(input_ids=start).logits[0, -1]
+        if not torch.isfinite(logits).all():
+            raise AthenaError("the model's own predictions are NaN or Inf; check its weights")
+        likely = logits.topk(min(4096, len(logits))).indices
         for at in range(0, count, batch):
             n = min(batch, count - at)
             pick = likely[torch.randint(len(likely), (n,), generator=generator, device=device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,18 @@ def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int,
     """The linear layers of `model` that feed a 2-D tensor of the base file.
 
     `architecture`: `general.architecture` of the base file; `shapes`: its tensors' shapes, [rows, columns].
-    A module with no tensor of its name and shape is left out. Raises AthenaError if gguf does not know the architecture.
+    A module with no tensor of its name and shape is left out. Raises AthenaError if gguf does not know the
+    architecture.
     """
+    return [
+        layer
+        for layer in named_layers(model, architecture, shapes)
+        if shapes[layer.tensor_name] == tuple(layer.module.weight.shape)
+    ]
+
+
+def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list[LinearLayer]:
+    """The linear layers of `model` with a tensor of their name in the base file, whatever its shape."""
     import gguf
     import torch
 
@@ -37,8 +47,8 @@ def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int,
         if not isinstance(module, torch.nn.Linear):
             continue
         tensor_name = names.get_name(f"{module_name}.weight", try_suffixes=(".weight",))
-        if tensor_name == "output.weight" and tensor_name not in shapes:
+        if tensor_name == "output.weight" and tensor_name not in tensors:
             tensor_name = "token_embd.weight"  # tied: the base file holds one tensor for both
-        if tensor_name is not None and shapes.get(tensor_name) == tuple(module.weight.shape):
+        if tensor_name is not None and tensor_name in tensors:
             found.append(LinearLayer(module_name, tensor_name, module))
     return found
