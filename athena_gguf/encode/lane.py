@@ -55,6 +55,7 @@ def lane_search(kind: AType) -> LaneSearch:
             for j in range(t + 1, steps):
                 ahead[t, j] = factor[t, j]
         ahead = ahead.ravel()
+        feeds = np.any(ahead != 0)
         residual, moved = np.zeros(states * width, np.float32), np.zeros(states * width, np.float32)
         a, paid = np.empty(states, np.float32), np.empty(states, np.float32)
         b, best = np.empty(states, np.float32), np.empty(states, np.float32)
@@ -82,8 +83,12 @@ def lane_search(kind: AType) -> LaneSearch:
                     back[t, new] = p
                     history[t, new] = e
                     paid[new] = best[n]
-                    subtract(moved, new * width + done, residual, p * width + done, ahead, t * width + done, e, vectors)
-                residual, moved = moved, residual
+                    if feeds:
+                        subtract(
+                            moved, new * width + done, residual, p * width + done, ahead, t * width + done, e, vectors
+                        )
+                if feeds:
+                    residual, moved = moved, residual
             n = np.argmin(paid)
             cost[r] = paid[n]
             for t in range(steps - 1, -1, -1):

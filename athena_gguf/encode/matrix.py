@@ -1,9 +1,9 @@
 """Encodes weights under the curvature of their input: the loop of docs/method.md, "Encoding a matrix".
 
 Columns are taken lane by lane. The first pass searches a lane after the errors of the lanes before it were fed back
-(GPTQ's order of things, with a trellis search in place of rounding). Then scales are refitted and every lane is searched
-again with all others fixed, in sweeps (cyclic coordinate descent on the same loss, as CDQuant, Nair and Suggala 2024,
-does for single columns), none of which makes a row worse.
+(GPTQ's order of things, with a trellis search in place of rounding). Then scales are refitted and every lane is
+searched again with all others fixed, in sweeps (cyclic coordinate descent on the same loss, as CDQuant, Nair and
+Suggala 2024, does for single columns), none of which makes a row worse.
 
 The dense algebra is torch's; the search inside a lane is `athena_gguf.encode.lane`.
 """
@@ -85,7 +85,7 @@ class _Encoder:
         self.lanes = [slice(a, a + metric.steps) for a in range(0, metric.columns, metric.steps)]
 
     def run(self, options: EncodeOptions) -> _Solution:
-        codes = initial_scales(self.w[:, self.metric.inverse], self.kind)
+        codes = initial_scales(self.w, self.metric, self.kind)
         best = self.refit(self.feedback_pass(codes))
         for _ in range(options.passes - 1):
             best = _better(best, self.refit(self.feedback_pass(best.codes)))

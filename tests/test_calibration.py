@@ -1,0 +1,152 @@
+"""Curvature against gradients taken another way, and the cutting and writing of calibration text."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from athena_gguf.calibration import measure_curvature, self_generated_windows, store, text_windows
+from athena_gguf.errors import AthenaError
+from athena_gguf.model import LinearLayer, load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def layers(model):
+    return [
+        LinearLayer(name, name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 50, (5, 12)))
+
+
+def reference(model, layers, windows):
+    """Curvature of one input by definition: gradients of an added zero at every reader's output, in NumPy."""
+    inputs, zeros = [], []
+    handles = []
+    for layer in layers:
+
+        def add(module, args, output):
+            zero = torch.zeros_like(output, requires_grad=True)
+            inputs.append(args[0])
+            zeros.append(zero)
+            return output + zero
+
+        handles.append(layer.module.register_forward_hook(add))
+    logits = model(input_ids=windows).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, zeros)
+    for handle in handles:
+        handle.remove()
+    x = inputs[0].detach().double().numpy().reshape(-1, inputs[0].shape[-1])
+    squares = sum(g.double().numpy().reshape(len(x), -1) ** 2 @ np.ones(g.shape[-1]) for g in gradients)
+    u = np.sqrt(squares)
+    return (x * u[:, None]).T @ x / u.sum(), u.sum() ** 2 / (u**2).sum()
+
+
+def test_curvature_is_that_of_the_definition(model, layers, windows):
+    found = {c.tensor_names: c for c in measure_curvature(model, layers, windows, batch_windows=2)}
+    blocks = ("model.layers.0.", "model.layers.1.")
+    readers = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    assert set(found) == {tuple(block + name for name in names) for block in blocks for names in readers}
+    by_name = {layer.tensor_name: layer for layer in layers}
+    for names, curvature in found.items():
+        matrix, effective = reference(model, [by_name[n] for n in names], windows)
+        assert curvature.tokens == windows.numel()
+        assert curvature.effective_tokens == pytest.approx(effective, rel=1e-4)
+        np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
+
+
+def test_nothing_stays_attached_to_the_model(model, layers, windows):
+    measure_curvature(model, layers, windows, batch_windows=5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_sampled_labels_follow_the_seed(model, layers, windows):
+    one, again, other = (
+        measure_curvature(model, layers[:1], windows, 5, labels="sampled", seed=seed)[0].matrix for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_a_curvature_that_is_not_finite_names_the_tensor(model, layers, windows):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    kept = weight[0, 0].item()
+    weight[0, 0] = float("inf")
+    try:
+        with pytest.raises(AthenaError, match=r"NaN or Inf") as error:
+            measure_curvature(model, layers, windows, 5)
+        assert "model.layers.1." in str(error.value)
+    finally:
+        weight[0, 0] = kept
+
+
+def test_text_windows_are_cut_without_overlap(tiny_model, tmp_path):
+    import tiny_model as maker
+
+    tokenizer = load_tokenizer(tiny_model)
+    files = []
+    for number in range(2):
+        files.append(tmp_path / f"{number}.txt")
+        files[-1].write_text(maker.words(400, seed=number), encoding="utf-8")
+    whole = [tokenizer(f.read_text(), add_special_tokens=False)["input_ids"] for f in files]
+    possible = {tuple(ids[a : a + 32]) for ids in whole for a in range(0, len(ids) - 31, 32)}
+    some = text_windows(tokenizer, files, 10 * 32, 32, seed=3)
+    assert some.shape == (10, 32)
+    assert {tuple(w.tolist()) for w in some} <= possible
+    everything = text_windows(tokenizer, files, 10**6, 32, seed=3)
+    assert len(everything) == sum(len(ids) // 32 for ids in whole)
+    assert torch.equal(some, text_windows(tokenizer, files, 10 * 32, 32, seed=3))
+    assert not torch.equal(some, text_windows(tokenizer, files, 10 * 32, 32, seed=4))
+    with pytest.raises(AthenaError, match="shorter than one window"):
+        text_windows(tokenizer, files, 100, 10**5, seed=0)
+    with pytest.raises(AthenaError, match="cannot read"):
+        text_windows(tokenizer, [tmp_path / "none.txt"], 100, 32, seed=0)
+
+
+def test_the_model_writes_its_own_text(tiny_model):
+    model = load_model(tiny_model, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(tiny_model)
+    count = []
+    some = self_generated_windows(model, tokenizer, 5 * 24, 24, seed=1, batch=2, advance=count.append)
+    assert some.shape == (5, 24) and (some[:, 0] == tokenizer.bos_token_id).all()
+    assert len({tuple(w.tolist()) for w in some}) == 5
+    assert sum(count) == pytest.approx(5 * 24, abs=5 * 2)
+    assert torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=1, batch=2))
+    assert not torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=2, batch=2))
+
+
+def test_kept_curvature_is_found_again_only_under_its_key(model, layers, windows, tmp_path):
+    path = tmp_path / "curvature.pt"
+    assert store.load(path, "a") is None
+    measured = measure_curvature(model, layers, windows, 5)
+    store.save(path, "a", measured)
+    assert store.load(path, "b") is None
+    for got, want in zip(store.load(path, "a"), measured, strict=True):
+        assert got.tensor_names == want.tensor_names and got.effective_tokens == want.effective_tokens
+        assert torch.equal(got.matrix, want.matrix)
+    path.write_bytes(b"damaged")
+    assert store.load(path, "a") is None
