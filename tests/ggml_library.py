@@ -51,6 +51,14 @@ def compile_c(target: Path, flags: list[str], extra: list[Path]) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def link_ggml(target: Path, source: Path, binaries: Path) -> None:
+    """Compile a program against the built libraries of llama.cpp."""
+    command = [compiler(), "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{tree() / 'ggml' / 'include'}"]
+    command += [str(source), "-o", str(target), f"-L{binaries}", "-lggml-base", f"-Wl,-rpath,{binaries}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def _pointer(array: npt.NDArray) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
     return ctypes.c_void_p(array.ctypes.data)
