@@ -113,3 +113,60 @@ def test_random_bytes_under_sanitizers(compiler_flags: list[str], tmp_path: obje
     ggml_library.compile_c(program, [*compiler_flags, *sanitize], [ggml_library.C_TESTS / "random_rows.c"])
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def best_error(kind: AType, targets: np.ndarray, weights: np.ndarray) -> float:
+    """The least weighted squared error of any symbols of one lane; `targets` [steps] in levels."""
+    from athena_gguf.format.trellis import trellis
+
+    t = trellis(kind)
+    values = kind.table1[t.index1].astype(float)[:, None] + kind.table2[t.index2[t.previous]] - 64  # [states, choices]
+    costs = np.full(kind.states, np.inf)
+    costs[0] = 0
+    for target, weight in zip(targets, weights, strict=True):
+        costs = (costs[t.previous] + weight * (target - values) ** 2).min(axis=1)
+    return float(costs.min())
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_quantizer_finds_the_best_path(library: Library, kind: AType, weighted: bool) -> None:
+    """For the scales that it chose, no symbols are better; and its scales are no worse than a plain choice."""
+    rng = np.random.default_rng(5)
+    columns, rows = 576, 3
+    x = (rng.standard_normal((rows, columns)) * rng.lognormal(-4, 0.5, (rows, 1))).astype(np.float32)
+    importance = rng.lognormal(0, 1.5, columns).astype(np.float32) if weighted else None
+    weights = (np.ones(columns) if importance is None else importance / importance.mean()).astype(np.float64)
+    data = library.quantize(kind, x, importance)
+    decoded = decode_rows(kind, data, columns).astype(np.float64)
+    _, codes = unpack_rows(kind, data, columns)
+    scales = np.repeat(decode_scale(codes), 64, axis=1).astype(np.float64)
+    for row in range(rows):
+        error = (weights * (x[row] - decoded[row]) ** 2).sum()
+        lanes = [slice(lane, columns, 32) for lane in range(32)]
+        cost = weights * scales[row] ** 2
+        target = x[row] / scales[row]
+        least = sum(best_error(kind, target[lane], cost[lane]) for lane in lanes)
+        # its symbols were found before the last refit of the scales, so that they may be a little off the best path
+        assert least * (1 - 1e-4) <= error <= least * 1.01
+    plain = {"A2": 9.5, "A3": 15.3, "A4": 19.5}[kind.name]  # dB, below what it reaches on such rows
+    ratio = (weights * x**2).sum() / (weights * (x - decoded) ** 2).sum()
+    assert 10 * np.log10(ratio) > plain
+
+
+def test_quantizer_takes_any_numbers(library: Library) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((8, 320)).astype(np.float32)
+    x[0] = 0
+    x[1] = np.nan
+    x[2, 5] = np.inf
+    x[3] *= 1e30
+    x[4] *= 1e-30
+    x[5] = 1e-45
+    for importance in (np.zeros(320), np.full(320, np.nan), np.full(320, np.inf), -np.ones(320), np.full(320, 1e38)):
+        for kind in TYPES.values():
+            values = decode_rows(kind, library.quantize(kind, x, importance.astype(np.float32)), 320)
+            assert np.isfinite(values).all()
+            assert np.abs(values[[0, 4, 5]]).max() < 1e-4  # the smallest scale times a few levels
+            ratio = (x[6:] ** 2).sum() / ((x[6:] - values[6:]) ** 2).sum()
+            assert ratio > 5  # ordinary rows are not harmed
