@@ -33,27 +33,49 @@ static inline __m256i athena_dot_bytes(__m256i acc, __m256i u, __m256i q) {
 #endif
 }
 
-// The integer dot product of 64 columns, spread over eight lanes of which the first one holds the zero point's part.
+// The integer dot product of 64 columns, spread over eight lanes.
 static inline __m256i athena_dot_group(__m256i sums0, __m256i sums1, const block_q8_a64 * y) {
-    const __m256i offset = _mm256_zextsi128_si256(_mm_cvtsi32_si128(y->offset));
-    return athena_dot_bytes(athena_dot_bytes(offset, sums0, athena_load(y->qs)), sums1, athena_load(y->qs + 32));
+    const __m256i dot = athena_dot_bytes(_mm256_setzero_si256(), sums0, athena_load(y->qs));
+    return athena_dot_bytes(dot, sums1, athena_load(y->qs + 32));
 }
 
-static inline __m256 athena_add_group(__m256 acc, __m256i dot, float scale, const block_q8_a64 * y) {
-    const __m256 values = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), _mm256_broadcast_ss(&y->d));
-    return _mm256_fmadd_ps(values, _mm256_set1_ps(scale), acc);
+// What a row has summed up: products in eight lanes, the zero point's part in four.
+typedef struct {
+    __m256 products;
+    __m128 offsets;
+} athena_acc;
+
+static inline void athena_add_products(athena_acc * acc, __m256i dot, float scale) {
+    acc->products = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc->products);
 }
 
-// Four scale bytes to floats, through memory: broadcasting a float from there costs no shuffle.
-static inline void athena_scales4(const uint8_t codes[4], float scales[4]) {
+// Adds the offsets of four groups; scales: theirs, weights times activations. They go through memory since broadcasting
+// a float from there costs no shuffle.
+static inline void athena_begin_super(athena_acc * acc, const uint8_t codes[4], const block_q8_a64 y[4], float scales[4]) {
     int32_t bytes;
     memcpy(&bytes, codes, sizeof(bytes));
     const __m128i bits = _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)), 19);
-    _mm_storeu_si128((__m128i *) scales, _mm_add_epi32(bits, _mm_set1_epi32(108 << 23)));
+    const __m128 weights = _mm_castsi128_ps(_mm_add_epi32(bits, _mm_set1_epi32(108 << 23)));
+    // d and offset lie side by side: two blocks a vector
+    const __m128i y01 = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) &y[0]), _mm_loadl_epi64((const __m128i *) &y[1]));
+    const __m128i y23 = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) &y[2]), _mm_loadl_epi64((const __m128i *) &y[3]));
+    const __m128 d       = _mm_shuffle_ps(_mm_castsi128_ps(y01), _mm_castsi128_ps(y23), 0x88);
+    const __m128 offsets = _mm_shuffle_ps(_mm_castsi128_ps(y01), _mm_castsi128_ps(y23), 0xdd);
+    const __m128 all     = _mm_mul_ps(weights, d);
+    acc->offsets = _mm_fmadd_ps(all, _mm_cvtepi32_ps(_mm_castps_si128(offsets)), acc->offsets);
+    _mm_storeu_ps(scales, all);
 }
 
-static inline float athena_sum8(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+// A tail block: one group.
+static inline void athena_add_tail(athena_acc * acc, __m256i dot, uint8_t code, const block_q8_a64 * y) {
+    const float scale = ggml_athena_scale(code)*y->d;
+    acc->offsets = _mm_add_ss(acc->offsets, _mm_set_ss(scale*(float) y->offset));
+    athena_add_products(acc, dot, scale);
+}
+
+static inline float athena_total(athena_acc acc) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(acc.products), _mm256_extractf128_ps(acc.products, 1));
+    s = _mm_add_ps(s, acc.offsets);
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
@@ -84,12 +106,12 @@ static float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y
     __m256i symbol = _mm256_setzero_si256(); // the last symbol, the last window and the one before it
     __m256i w0 = symbol;
     __m256i w1 = symbol;
-    __m256 acc = _mm256_setzero_ps();
+    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
         const block_a2 * b = (const block_a2 *) x;
         float scales[4];
-        athena_scales4(b->scales, scales);
+        athena_begin_super(&acc, b->scales, y, scales);
         const __m256i a = athena_load(b->pairs[0]);
         const __m256i c = athena_load(b->pairs[1]);
         const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
@@ -104,10 +126,10 @@ static float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y
         const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s0), athena_sums(t1, t2, s3, s1), &y[1]);
         const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s2), athena_sums(t1, t2, s5, s3), &y[2]);
         const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s4), athena_sums(t1, t2, s7, s5), &y[3]);
-        acc = athena_add_group(acc, d0, scales[0], &y[0]);
-        acc = athena_add_group(acc, d1, scales[1], &y[1]);
-        acc = athena_add_group(acc, d2, scales[2], &y[2]);
-        acc = athena_add_group(acc, d3, scales[3], &y[3]);
+        athena_add_products(&acc, d0, scales[0]);
+        athena_add_products(&acc, d1, scales[1]);
+        athena_add_products(&acc, d2, scales[2]);
+        athena_add_products(&acc, d3, scales[3]);
         w1 = s6;
         w0 = s7;
         symbol = ATHENA_SHIFT_RIGHT(c, 6, 3);
@@ -117,12 +139,12 @@ static float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y
         const __m256i a  = athena_tail_pairs(b->pairs);
         const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
         const __m256i d  = athena_dot_group(athena_sums(t1, t2, s0, w1), athena_sums(t1, t2, a, w0), y);
-        acc = athena_add_group(acc, d, ggml_athena_scale(b->scale), y);
+        athena_add_tail(&acc, d, b->scale, y);
         w1 = s0;
         w0 = a;
         symbol = ATHENA_SHIFT_RIGHT(a, 2, 3);
     }
-    return athena_sum8(acc);
+    return athena_total(acc);
 }
 
 // A3: a window is the symbol's upper two bits, its lowest bit, and the lowest bit of the symbol before it.
@@ -141,12 +163,12 @@ static float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y
     const __m256i t2 = athena_load_table(athena_tables_a3.t2);
     __m256i bit = _mm256_setzero_si256(); // the lowest bit of the last symbol, and the last window
     __m256i w   = bit;
-    __m256 acc = _mm256_setzero_ps();
+    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
         const block_a3 * b = (const block_a3 *) x;
         float scales[4];
-        athena_scales4(b->scales, scales);
+        athena_begin_super(&acc, b->scales, y, scales);
         const __m256i a   = athena_load(b->high[0]);
         const __m256i c   = athena_load(b->high[1]);
         const __m256i low = athena_load(b->low);
@@ -162,10 +184,10 @@ static float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y
         const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s1), athena_sums(t1, t2, s3, s2), &y[1]);
         const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s3), athena_sums(t1, t2, s5, s4), &y[2]);
         const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s5), athena_sums(t1, t2, s7, s6), &y[3]);
-        acc = athena_add_group(acc, d0, scales[0], &y[0]);
-        acc = athena_add_group(acc, d1, scales[1], &y[1]);
-        acc = athena_add_group(acc, d2, scales[2], &y[2]);
-        acc = athena_add_group(acc, d3, scales[3], &y[3]);
+        athena_add_products(&acc, d0, scales[0]);
+        athena_add_products(&acc, d1, scales[1]);
+        athena_add_products(&acc, d2, scales[2]);
+        athena_add_products(&acc, d3, scales[3]);
         w   = s7;
         bit = ATHENA_SHIFT_RIGHT(low, 7, 1);
     }
@@ -176,11 +198,11 @@ static float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y
         const __m256i s0  = athena_first_window_a3(a, low, bit);
         const __m256i s1  = athena_window_a3(a, low);
         const __m256i d   = athena_dot_group(athena_sums(t1, t2, s0, w), athena_sums(t1, t2, s1, s0), y);
-        acc = athena_add_group(acc, d, ggml_athena_scale(b->scale), y);
+        athena_add_tail(&acc, d, b->scale, y);
         w   = s1;
         bit = ATHENA_SHIFT_RIGHT(low, 1, 1);
     }
-    return athena_sum8(acc);
+    return athena_total(acc);
 }
 
 // A4: a window is a symbol, a byte holds two of them. Advances w, the last window.
@@ -197,21 +219,21 @@ static float athena_dot_a4_avx2(int n, const uint8_t * x, const block_q8_a64 * y
     const __m256i t1 = athena_load_table(athena_tables_a4.t1);
     const __m256i t2 = athena_load_table(athena_tables_a4.t2);
     __m256i w = _mm256_setzero_si256();
-    __m256 acc = _mm256_setzero_ps();
+    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
         const block_a4 * b = (const block_a4 *) x;
         float scales[4];
-        athena_scales4(b->scales, scales);
+        athena_begin_super(&acc, b->scales, y, scales);
         for (int g = 0; g < 4; g++) {
-            acc = athena_add_group(acc, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), scales[g], &y[g]);
+            athena_add_products(&acc, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), scales[g]);
         }
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
         const block_a4_tail * b = (const block_a4_tail *) x;
-        acc = athena_add_group(acc, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), ggml_athena_scale(b->scale), y);
+        athena_add_tail(&acc, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), b->scale, y);
     }
-    return athena_sum8(acc);
+    return athena_total(acc);
 }
 
 // The largest of eight integers.
