@@ -172,7 +172,7 @@ def _curvatures(
     with _bfloat16_products():
         with stages.timed("calibration text"):
             windows = _windows(model_dir, model, tokens, options)
-        batch = 4 if device.type == "cpu" else 16
+        batch = 2 if device.type == "cpu" else 16
         with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
             curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
     if options.work_dir is not None:

@@ -66,23 +66,20 @@ def encode_rows(weight: torch.Tensor, metric: Metric, kind: AType, options: Enco
 @dataclass
 class _Solution:
     """Columns lane by lane. `symbols` [rows, columns] uint8, `values` [rows, columns] their levels, `codes` [rows,
-    columns / 64] scale bytes, `loss` [rows]."""
+    columns / 64] scale bytes; `pull` [rows, columns] the error times the curvature, `loss` [rows]."""
 
     symbols: npt.NDArray[np.uint8]
     values: torch.Tensor
     codes: npt.NDArray[np.uint8]
+    pull: torch.Tensor
     loss: torch.Tensor
 
 
 class _Encoder:
     def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType) -> None:
-        from athena_gguf.encode.lane import lane_search
-
         self.metric, self.kind = metric, kind
         self.w = weight[:, metric.order].contiguous()
-        self.search = lane_search(kind)
         self.fit = ScaleFit(weight, metric)
-        self.lanes = [slice(a, a + metric.steps) for a in range(0, metric.columns, metric.steps)]
 
     def run(self, options: EncodeOptions) -> _Solution:
         codes = initial_scales(self.w, self.metric, self.kind)
@@ -93,6 +90,11 @@ class _Encoder:
             best = self.refit(self.sweep(best))
         return best
 
+    def solution(self, symbols: npt.NDArray[np.uint8], values: torch.Tensor, codes: npt.NDArray[np.uint8]) -> _Solution:
+        error = self.w - values * self.expand(codes)
+        pull = error @ self.metric.h
+        return _Solution(symbols, values, codes, pull, (error * pull).sum(1))
+
     def expand(self, codes: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Scale bytes [rows, groups] to the scale of every column [rows, columns], lane by lane."""
         import torch
@@ -100,59 +102,35 @@ class _Encoder:
         steps = torch.from_numpy(decode_scale(codes)).repeat_interleave(GROUP // LANES, dim=1)
         return steps.repeat(1, LANES)
 
-    def loss(self, values: torch.Tensor, codes: npt.NDArray[np.uint8]) -> torch.Tensor:
-        error = self.w - values * self.expand(codes)
-        return ((error @ self.metric.h) * error).sum(1)
-
     def refit(self, found: _Solution) -> _Solution:
         """New scales where they lower a row's loss."""
         codes = self.fit.refit(found.values[:, self.metric.inverse], found.codes)
-        return _better(found, _Solution(found.symbols, found.values, codes, self.loss(found.values, codes)))
+        return _better(found, self.solution(found.symbols, found.values, codes))
 
     def feedback_pass(self, codes: npt.NDArray[np.uint8]) -> _Solution:
         """All lanes once, every lane after the errors of those before it were fed back."""
         import torch
 
-        scale, x = self.expand(codes), self.w.clone()
-        symbols, values = np.empty(x.shape, np.uint8), torch.empty_like(x)
-        for lane in self.lanes:
-            upper = self.metric.upper[lane]
-            symbols[:, lane], values[:, lane], errors, _ = self.search_lane(x[:, lane], upper[:, lane], scale[:, lane])
-            x[:, lane.stop :] -= errors @ upper[:, lane.stop :]
-        return _Solution(symbols, values, codes, self.loss(values, codes))
+        from athena_gguf.encode.passes import feedback_pass
+
+        x, scale = self.w.numpy().copy(), self.expand(codes).numpy()
+        symbols, values = np.empty(x.shape, np.uint8), np.empty(x.shape, np.float32)
+        feedback_pass(self.kind)(x, self.metric.upper.numpy(), scale, symbols, values)
+        return self.solution(symbols, torch.from_numpy(values), codes)
 
     def sweep(self, found: _Solution) -> _Solution:
-        """All lanes once, each with every other one fixed; a row's lane changes only if that lowers the row's loss."""
+        """All lanes once, each with every other one fixed."""
         import torch
 
-        h, scale = self.metric.h, self.expand(found.codes)
-        symbols, values = found.symbols.copy(), found.values.clone()
-        pull = (self.w - values * scale) @ h  # half the gradient of the loss
-        for number, lane in enumerate(self.lanes):
-            old = values[:, lane] * scale[:, lane]
-            # Completing the square: with the other lanes fixed, the loss is the distance to this target under the
-            # lane's own block of h, and a constant.
-            shift = pull[:, lane] @ self.metric.lane_inverses[number]
-            new_symbols, new_values, _, cost = self.search_lane(
-                old + shift, self.metric.lane_factors[number], scale[:, lane]
-            )
-            better = cost < (pull[:, lane] * shift).sum(1)
-            symbols[:, lane] = np.where(better.numpy()[:, None], new_symbols, symbols[:, lane])
-            values[:, lane] = torch.where(better[:, None], new_values, values[:, lane])
-            pull.addmm_(old - values[:, lane] * scale[:, lane], h[lane])
-        return _better(found, _Solution(symbols, values, found.codes, self.loss(values, found.codes)))
+        from athena_gguf.encode.passes import sweep
 
-    def search_lane(
-        self, x: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Symbols, levels, errors (over the factor's diagonal) [rows, steps] and cost [rows] of one lane."""
-        import torch
-
-        symbols, cost = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
-        values, errors = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
-        inputs = (np.ascontiguousarray(m.numpy()) for m in (x, factor, scale))
-        self.search(*inputs, symbols, values, errors, cost)
-        return symbols, torch.from_numpy(values), torch.from_numpy(errors), torch.from_numpy(cost)
+        symbols, values, pull = found.symbols.copy(), found.values.numpy().copy(), found.pull.numpy().copy()
+        scale, metric = self.expand(found.codes), self.metric
+        lanes = (metric.lane_factors.numpy(), metric.lane_inverses.numpy())
+        sweep(self.kind)(pull, metric.h.numpy(), *lanes, scale.numpy(), symbols, values)
+        moved = torch.from_numpy(values)
+        loss = ((self.w - moved * scale) * torch.from_numpy(pull)).sum(1)
+        return _better(found, _Solution(symbols, moved, found.codes, torch.from_numpy(pull), loss))
 
 
 def _better(one: _Solution, other: _Solution) -> _Solution:
@@ -165,5 +143,6 @@ def _better(one: _Solution, other: _Solution) -> _Solution:
         np.where(pick, other.symbols, one.symbols),
         torch.where(take[:, None], other.values, one.values),
         np.where(pick, other.codes, one.codes),
+        torch.where(take[:, None], other.pull, one.pull),
         torch.where(take, other.loss, one.loss),
     )

@@ -36,7 +36,7 @@ class Metric:
         self.upper = _inverse_factor(self.h)
         lanes = self.h.view(LANES, self.steps, LANES, self.steps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         self.lane_factors = _inverse_factor(lanes)
-        self.lane_inverses = self.lane_factors.mT @ self.lane_factors
+        self.lane_inverses = (self.lane_factors.mT @ self.lane_factors).contiguous()
 
     @classmethod
     def identity(cls, columns: int) -> Metric:
