@@ -1,7 +1,7 @@
 // Plain C dot products of A2, A3 and A4 rows, and the choice between them and the versions for instruction sets.
 
 #include "athena.h"
-#include "athena-avx2.h"
+#include "athena-avx512.h"
 
 static float vec_dot_generic(enum ggml_type type, int n, const uint8_t * x, const block_q8_a64 * y) {
     assert(n % ATHENA_GROUP == 0);
@@ -44,19 +44,25 @@ void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, c
 
 #if defined(ATHENA_HAVE_AVX2)
 
+#if defined(ATHENA_HAVE_AVX512)
+#define ATHENA_DOT(type) athena_dot_##type##_avx512
+#else
+#define ATHENA_DOT(type) athena_dot_##type##_avx2
+#endif
+
 void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
     ATHENA_UNUSED_STRIDES;
-    *s = athena_dot_a2_avx2(n, vx, vy);
+    *s = ATHENA_DOT(a2)(n, vx, vy);
 }
 
 void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
     ATHENA_UNUSED_STRIDES;
-    *s = athena_dot_a3_avx2(n, vx, vy);
+    *s = ATHENA_DOT(a3)(n, vx, vy);
 }
 
 void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
     ATHENA_UNUSED_STRIDES;
-    *s = athena_dot_a4_avx2(n, vx, vy);
+    *s = ATHENA_DOT(a4)(n, vx, vy);
 }
 
 void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
