@@ -22,5 +22,5 @@ def test_wheel_has_everything(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "athena_gguf").rglob("*.py")}
     wanted |= {f"athena_gguf/{p.relative_to(ROOT)}" for p in (ROOT / "ggml_patch" / "src").rglob("*") if p.is_file()}
-    wanted |= {f"athena_gguf/ggml_patch/{name}" for name in ("llama.cpp.patch", "log-at-exit.patch")}
+    wanted |= {f"athena_gguf/ggml_patch/{p.name}" for p in (ROOT / "ggml_patch").glob("*.patch")}
     assert wanted <= names, sorted(wanted - names)

@@ -29,9 +29,9 @@ class Metric:
         self.steps = self.columns // LANES
         self.order = torch.arange(self.columns).reshape(-1, LANES).T.flatten()
         self.inverse = torch.argsort(self.order)
-        self.damp = damping * float(curvature.diagonal().mean(dtype=torch.float64)) or 1.0
+        damp = damping * (float(curvature.diagonal().mean(dtype=torch.float64)) or 1.0)
         self.plain = curvature.float().clone()
-        self.plain.diagonal().add_(self.damp)
+        self.plain.diagonal().add_(damp)
         self.h = self.plain[self.order][:, self.order].contiguous()
         self.upper = _inverse_factor(self.h)
         lanes = self.h.view(LANES, self.steps, LANES, self.steps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -40,6 +40,10 @@ class EncodePool:
 
     def submit(self, weight: torch.Tensor, metric: Metric, kind: AType) -> Callable[[], Encoded]:
         """Start encoding `weight` [rows, columns]; the result's call waits for it."""
+        from athena_gguf.encode.passes import feedback_pass, sweep
+
+        feedback_pass(kind)  # made here: workers that ask for them at once would each compile their own
+        sweep(kind)
         pieces: list[Future[Encoded]] = [
             self.executor.submit(encode_rows, weight[a : a + PIECE], metric, kind, self.options)
             for a in range(0, len(weight), PIECE)
