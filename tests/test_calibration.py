@@ -80,6 +80,18 @@ def test_curvature_is_that_of_the_definition(model, layers, windows):
         np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
 
 
+def test_layers_that_run_twice_or_never_get_no_curvature(model, layers, windows):
+    first, second = model.model.layers
+    kept = second.mlp
+    second.mlp = first.mlp
+    try:
+        found = measure_curvature(model, [*layers, LinearLayer("x", "x", torch.nn.Linear(32, 32))], windows, 5)
+    finally:
+        second.mlp = kept
+    names = {name.partition("layers.")[2] for c in found for name in c.tensor_names}
+    assert names == {f"{n}.self_attn.{x}_proj" for n in (0, 1) for x in "qkvo"}
+
+
 def test_nothing_stays_attached_to_the_model(model, layers, windows):
     measure_curvature(model, layers, windows, batch_windows=5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

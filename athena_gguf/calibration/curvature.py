@@ -11,6 +11,7 @@ tokens; the square root tempers it (docs/method.md).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,8 @@ def measure_curvature(
 
     Layers that read the same tensor share one curvature. `labels`: "text" takes the next token of the window as the
     label of the loss, "sampled" draws it from the model's own prediction. `advance` is called with the tokens done.
-    Raises AthenaError naming the tensor if a curvature is not finite.
+    Layers that do not run, or several times a pass, get none. Raises AthenaError naming the tensor if a curvature is
+    not finite.
     """
     import torch
 
@@ -96,7 +98,7 @@ def measure_curvature(
         group.x = args[0].detach()
         output.register_hook(group.gradient)
 
-    handles += [layer.module.register_forward_hook(watch) for layer in layers]
+    handles += [layer.module.register_forward_hook(watch) for _, members in inputs for layer in members]
     try:
         for start in range(0, len(windows), batch_windows):
             batch = windows[start : start + batch_windows].to(device)
@@ -154,16 +156,18 @@ def _require_gradients(model: Any) -> Any:
 
 
 def _group(model: Any, layers: Sequence[LinearLayer], tokens: torch.Tensor) -> list[tuple[_Input, list[LinearLayer]]]:
-    """Layers that read the same tensor, found by running a few tokens."""
+    """Layers that read the same tensor, found by running a few tokens; without those that run more than once."""
     import torch
 
-    seen: dict[int, tuple[Any, list[LinearLayer]]] = {}
+    seen: dict[tuple[int, Any], tuple[Any, list[LinearLayer]]] = {}
+    runs: Counter[str] = Counter()
     handles = []
     for layer in layers:
 
         def watch(module: Any, args: tuple[Any, ...], layer: LinearLayer = layer) -> None:
+            runs[layer.module_name] += 1
             # The tensor is kept alive, so no other one can be given its address.
-            seen.setdefault(args[0].data_ptr(), (args[0], []))[1].append(layer)
+            seen.setdefault((args[0].data_ptr(), args[0].shape), (args[0], []))[1].append(layer)
 
         handles.append(layer.module.register_forward_pre_hook(watch))
     try:
@@ -172,4 +176,5 @@ def _group(model: Any, layers: Sequence[LinearLayer], tokens: torch.Tensor) -> l
     finally:
         for handle in handles:
             handle.remove()
-    return [(_Input(members, x.shape[-1], x.device), members) for x, members in seen.values()]
+    groups = [(x, [m for m in members if runs[m.module_name] == 1]) for x, members in seen.values()]
+    return [(_Input(members, x.shape[-1], x.device), members) for x, members in groups if members]
