@@ -10,7 +10,7 @@
 
 #define MAX_STATES 64
 #define ROUNDS     6
-#define LIMIT      1e4f // inputs are clamped to this; the largest weight that the types can hold is about 15
+#define LIMIT      1e4f // inputs are clamped to this; the largest weight that the types can hold is 7.75
 
 // state: what later values can still see of earlier symbols. Predecessor x of state n is base[n] + x_offset[x], and its
 // step adds t1[n] (a term of the new state) and t2[predecessor] (a term of the old one).

@@ -81,7 +81,7 @@ static inline size_t ggml_athena_group_size(enum ggml_type type) {
     return type == GGML_TYPE_A2 ? sizeof(block_a2_tail) : type == GGML_TYPE_A3 ? sizeof(block_a3_tail) : sizeof(block_a4_tail);
 }
 
-// Scale byte to scale: 2^-19 .. 0.2421875.
+// Scale byte to scale: 2^-19 .. 0.12109375.
 static inline float ggml_athena_scale(uint8_t code) {
     const uint32_t bits = ((uint32_t) code << 19) + (108u << 23);
     float scale;
