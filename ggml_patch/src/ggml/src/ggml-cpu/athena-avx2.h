@@ -44,49 +44,34 @@ static inline __m256i athena_dot_bytes(__m256i acc, __m256i u, __m256i q) {
 #endif
 }
 
-// The integer dot product of 64 columns, spread over eight lanes.
+// The integer dot product of 64 columns with the zero point's part, spread over eight lanes.
 static inline __m256i athena_dot_group(__m256i sums0, __m256i sums1, const block_q8_a64 * y) {
-    const __m256i dot = athena_dot_bytes(_mm256_setzero_si256(), sums0, athena_load(y->qs));
+    const __m256i offset = _mm256_zextsi128_si256(_mm_cvtsi32_si128(y->offset)); // in one lane
+    const __m256i dot = athena_dot_bytes(offset, sums0, athena_load(y->qs));
     return athena_dot_bytes(dot, sums1, athena_load(y->qs + 32));
 }
 
-// What a row has summed up: products in eight lanes, the zero point's part in four.
+// The bits of the scales: broadcasting them from memory costs the ports of the arithmetic nothing.
+#define ATHENA_SCALE4(code)  ((code) << 19) + (108 << 23), (((code) + 1) << 19) + (108 << 23), (((code) + 2) << 19) + (108 << 23), (((code) + 3) << 19) + (108 << 23)
+#define ATHENA_SCALE16(code) ATHENA_SCALE4(code), ATHENA_SCALE4((code) + 4), ATHENA_SCALE4((code) + 8), ATHENA_SCALE4((code) + 12)
+#define ATHENA_SCALE64(code) ATHENA_SCALE16(code), ATHENA_SCALE16((code) + 16), ATHENA_SCALE16((code) + 32), ATHENA_SCALE16((code) + 48)
+
+static const int32_t athena_scale_bits[256] = { ATHENA_SCALE64(0), ATHENA_SCALE64(64), ATHENA_SCALE64(128), ATHENA_SCALE64(192) };
+
+// What a row has summed up. Two vectors, used in turns: a sum waits for the one before it.
 typedef struct {
-    __m256 products;
-    __m128 offsets;
+    __m256 even, odd;
 } athena_acc;
 
-static inline void athena_add_products(athena_acc * acc, __m256i dot, float scale) {
-    acc->products = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc->products);
-}
-
-// Adds the offsets of four groups; scales: theirs, weights times activations. They go through memory since broadcasting
-// a float from there costs no shuffle.
-static inline void athena_begin_super(athena_acc * acc, const uint8_t codes[4], const block_q8_a64 y[4], float scales[4]) {
-    int32_t bytes;
-    memcpy(&bytes, codes, sizeof(bytes));
-    const __m128i bits = _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)), 19);
-    const __m128 weights = _mm_castsi128_ps(_mm_add_epi32(bits, _mm_set1_epi32(108 << 23)));
-    // d and offset lie side by side: two blocks a vector
-    const __m128i y01 = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) &y[0]), _mm_loadl_epi64((const __m128i *) &y[1]));
-    const __m128i y23 = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) &y[2]), _mm_loadl_epi64((const __m128i *) &y[3]));
-    const __m128 d       = _mm_shuffle_ps(_mm_castsi128_ps(y01), _mm_castsi128_ps(y23), 0x88);
-    const __m128 offsets = _mm_shuffle_ps(_mm_castsi128_ps(y01), _mm_castsi128_ps(y23), 0xdd);
-    const __m128 all     = _mm_mul_ps(weights, d);
-    acc->offsets = _mm_fmadd_ps(all, _mm_cvtepi32_ps(_mm_castps_si128(offsets)), acc->offsets);
-    _mm_storeu_ps(scales, all);
-}
-
-// A tail block: one group.
-static inline void athena_add_tail(athena_acc * acc, __m256i dot, uint8_t code, const block_q8_a64 * y) {
-    const float scale = ggml_athena_scale(code)*y->d;
-    acc->offsets = _mm_add_ss(acc->offsets, _mm_set_ss(scale*(float) y->offset));
-    athena_add_products(acc, dot, scale);
+// sum += dot * scale * d
+static inline __m256 athena_add_group(__m256 sum, __m256i dot, uint8_t code, const block_q8_a64 * y) {
+    const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(athena_scale_bits[code]));
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), _mm256_set1_ps(y->d), sum);
 }
 
 static inline float athena_total(athena_acc acc) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(acc.products), _mm256_extractf128_ps(acc.products, 1));
-    s = _mm_add_ps(s, acc.offsets);
+    const __m256 both = _mm256_add_ps(acc.even, acc.odd);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
@@ -110,110 +95,126 @@ static inline __m256i athena_sums(__m256i t1, __m256i t2, __m256i window, __m256
     return _mm256_add_epi8(_mm256_shuffle_epi8(t1, window), _mm256_shuffle_epi8(t2, delayed));
 }
 
-// A2: a window is a symbol and the one before it, which lie side by side in the bytes.
+// The table for windows whose upper and lower two bits are exchanged. Using such windows too saves shifts, since the bits
+// of a window can then come from either half of a nibble.
+static inline __m256i athena_exchange_halves(__m256i table) {
+    const __m256i windows = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    return _mm256_shuffle_epi8(table, windows);
+}
+
+// A2: a window is a symbol and the one before it, which lie side by side in the bytes. Where a byte begins, the window with
+// its halves exchanged: the symbol in bits 0 and 1, the one before it in bits 2 and 3 of the last window.
+static inline __m256i athena_first_window_a2(__m256i bytes, __m256i last) {
+    return _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(3)), _mm256_and_si256(last, _mm256_set1_epi8(12)));
+}
+
 static inline float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
     const __m256i t1 = athena_load_table(athena_tables_a2.t1);
     const __m256i t2 = athena_load_table(athena_tables_a2.t2);
-    __m256i symbol = _mm256_setzero_si256(); // the last symbol, the last window and the one before it
-    __m256i w0 = symbol;
-    __m256i w1 = symbol;
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    const __m256i x1 = athena_exchange_halves(t1);
+    const __m256i x2 = athena_exchange_halves(t2);
+    __m256i w1 = _mm256_setzero_si256(); // the last window and the one before it
+    __m256i w0 = w1;
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
         const block_a2 * b = (const block_a2 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
-        const __m256i a = athena_load(b->pairs[0]);
-        const __m256i c = athena_load(b->pairs[1]);
-        const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
-        const __m256i s1 = ATHENA_SHIFT_RIGHT(a, 0, 15);
-        const __m256i s2 = ATHENA_SHIFT_RIGHT(a, 2, 15);
-        const __m256i s3 = ATHENA_SHIFT_RIGHT(a, 4, 15);
-        const __m256i s4 = _mm256_or_si256(ATHENA_SHIFT_LEFT(c, 2, 12), ATHENA_SHIFT_RIGHT(a, 6, 3));
-        const __m256i s5 = ATHENA_SHIFT_RIGHT(c, 0, 15);
-        const __m256i s6 = ATHENA_SHIFT_RIGHT(c, 2, 15);
-        const __m256i s7 = ATHENA_SHIFT_RIGHT(c, 4, 15);
-        const __m256i d0 = athena_dot_group(athena_sums(t1, t2, s0, w1), athena_sums(t1, t2, s1, w0), &y[0]);
-        const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s0), athena_sums(t1, t2, s3, s1), &y[1]);
-        const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s2), athena_sums(t1, t2, s5, s3), &y[2]);
-        const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s4), athena_sums(t1, t2, s7, s5), &y[3]);
-        athena_add_products(&acc, d0, scales[0]);
-        athena_add_products(&acc, d1, scales[1]);
-        athena_add_products(&acc, d2, scales[2]);
-        athena_add_products(&acc, d3, scales[3]);
-        w1 = s6;
-        w0 = s7;
-        symbol = ATHENA_SHIFT_RIGHT(c, 6, 3);
+        for (int v = 0; v < 2; v++) {
+            const __m256i a  = athena_load(b->pairs[v]);
+            const __m256i s0 = athena_first_window_a2(a, w0);
+            const __m256i s1 = ATHENA_SHIFT_RIGHT(a, 0, 15);
+            const __m256i s2 = ATHENA_SHIFT_RIGHT(a, 2, 15);
+            const __m256i s3 = ATHENA_SHIFT_RIGHT(a, 4, 15);
+            const __m256i d0 = athena_dot_group(athena_sums(x1, t2, s0, w1), athena_sums(t1, t2, s1, w0), &y[2*v]);
+            const __m256i d1 = athena_dot_group(athena_sums(t1, x2, s2, s0), athena_sums(t1, t2, s3, s1), &y[2*v + 1]);
+            acc.even = athena_add_group(acc.even, d0, b->scales[2*v], &y[2*v]);
+            acc.odd  = athena_add_group(acc.odd, d1, b->scales[2*v + 1], &y[2*v + 1]);
+            w1 = s2;
+            w0 = s3;
+        }
     }
+    // a tail block ends with a window whose predecessor has its halves exchanged: its entries are kept instead
+    __m256i e1 = _mm256_shuffle_epi8(t2, w1);
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a2_tail), y++) {
         const block_a2_tail * b = (const block_a2_tail *) x;
         const __m256i a  = athena_tail_pairs(b->pairs);
-        const __m256i s0 = _mm256_or_si256(ATHENA_SHIFT_LEFT(a, 2, 12), symbol);
-        const __m256i d  = athena_dot_group(athena_sums(t1, t2, s0, w1), athena_sums(t1, t2, a, w0), y);
-        athena_add_tail(&acc, d, b->scale, y);
-        w1 = s0;
+        const __m256i s0 = athena_first_window_a2(a, w0);
+        const __m256i u0 = _mm256_add_epi8(_mm256_shuffle_epi8(x1, s0), e1);
+        const __m256i d  = athena_dot_group(u0, athena_sums(t1, t2, a, w0), y);
+        acc.even = athena_add_group(acc.even, d, b->scale, y);
+        e1 = _mm256_shuffle_epi8(x2, s0);
         w0 = a;
-        symbol = ATHENA_SHIFT_RIGHT(a, 2, 3);
     }
     return athena_total(acc);
 }
 
-// A3: a window is the symbol's upper two bits, its lowest bit, and the lowest bit of the symbol before it.
-static inline __m256i athena_window_a3(__m256i high, __m256i low) {
-    return _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(12)), _mm256_and_si256(low, _mm256_set1_epi8(3)));
+// A3: a window is the symbol's upper two bits, its lowest bit, and the lowest bit of the symbol before it. The upper bits of
+// even steps are taken from where they lie in the low half of a nibble, with the window's halves exchanged. A byte shuffle
+// ignores bits 4 to 6 of a window; bit 7 must be 0. low: has no other bits in the low nibble and none in bit 7.
+static inline __m256i athena_even_window_a3(__m256i high, __m256i low) {
+    return _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(3)), low);
 }
 
-// The same at a block's first step: the earlier bit comes from the block before.
-static inline __m256i athena_first_window_a3(__m256i high, __m256i low, __m256i bit) {
-    const __m256i bits = _mm256_or_si256(_mm256_add_epi8(low, low), bit);
-    return athena_window_a3(_mm256_slli_epi16(high, 2), bits);
+static inline __m256i athena_odd_window_a3(__m256i high, __m256i low) {
+    return _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(12)), low);
+}
+
+// The lower half of a block's first window: the bit of its first symbol in bit 3, of the last symbol before it in bit 2.
+static inline __m256i athena_first_bits_a3(__m256i low, __m256i last) {
+    return _mm256_or_si256(ATHENA_SHIFT_LEFT(low, 3, 8), last);
 }
 
 static inline float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
     const __m256i t1 = athena_load_table(athena_tables_a3.t1);
     const __m256i t2 = athena_load_table(athena_tables_a3.t2);
-    __m256i bit = _mm256_setzero_si256(); // the lowest bit of the last symbol, and the last window
-    __m256i w   = bit;
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    const __m256i x1 = athena_exchange_halves(t1);
+    const __m256i x2 = athena_exchange_halves(t2);
+    __m256i last = _mm256_setzero_si256(); // the lowest bit of the last symbol in bit 2, and the last window
+    __m256i w    = last;
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
         const block_a3 * b = (const block_a3 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
         const __m256i a   = athena_load(b->high[0]);
         const __m256i c   = athena_load(b->high[1]);
+        const __m256i a4  = _mm256_srli_epi16(a, 4);
+        const __m256i c4  = _mm256_srli_epi16(c, 4);
         const __m256i low = athena_load(b->low);
-        const __m256i s0 = athena_first_window_a3(a, low, bit);
-        const __m256i s1 = athena_window_a3(a, low);
-        const __m256i s2 = athena_window_a3(_mm256_srli_epi16(a, 2), _mm256_srli_epi16(low, 1));
-        const __m256i s3 = athena_window_a3(_mm256_srli_epi16(a, 4), _mm256_srli_epi16(low, 2));
-        const __m256i s4 = athena_window_a3(_mm256_slli_epi16(c, 2), _mm256_srli_epi16(low, 3));
-        const __m256i s5 = athena_window_a3(c, _mm256_srli_epi16(low, 4));
-        const __m256i s6 = athena_window_a3(_mm256_srli_epi16(c, 2), _mm256_srli_epi16(low, 5));
-        const __m256i s7 = athena_window_a3(_mm256_srli_epi16(c, 4), _mm256_srli_epi16(low, 6));
-        const __m256i d0 = athena_dot_group(athena_sums(t1, t2, s0, w),  athena_sums(t1, t2, s1, s0), &y[0]);
-        const __m256i d1 = athena_dot_group(athena_sums(t1, t2, s2, s1), athena_sums(t1, t2, s3, s2), &y[1]);
-        const __m256i d2 = athena_dot_group(athena_sums(t1, t2, s4, s3), athena_sums(t1, t2, s5, s4), &y[2]);
-        const __m256i d3 = athena_dot_group(athena_sums(t1, t2, s6, s5), athena_sums(t1, t2, s7, s6), &y[3]);
-        athena_add_products(&acc, d0, scales[0]);
-        athena_add_products(&acc, d1, scales[1]);
-        athena_add_products(&acc, d2, scales[2]);
-        athena_add_products(&acc, d3, scales[3]);
-        w   = s7;
-        bit = ATHENA_SHIFT_RIGHT(low, 7, 1);
+        // bits for two steps each, so far apart that after the shift for one step nothing else is in its way
+        const __m256i low25 = _mm256_and_si256(low, _mm256_set1_epi8(0x36));
+        const __m256i low16 = _mm256_and_si256(low, _mm256_set1_epi8(0x63));
+        const __m256i low37 = _mm256_and_si256(low, _mm256_set1_epi8((char) 0xcc));
+        const __m256i s0 = athena_even_window_a3(a,  athena_first_bits_a3(low, last));
+        const __m256i s1 = athena_odd_window_a3 (a,  low16);
+        const __m256i s2 = athena_even_window_a3(a4, _mm256_slli_epi16(low25, 1));
+        const __m256i s3 = athena_odd_window_a3 (a4, _mm256_srli_epi16(low37, 2));
+        const __m256i s4 = athena_even_window_a3(c,  ATHENA_SHIFT_RIGHT(low, 1, 12));
+        const __m256i s5 = athena_odd_window_a3 (c,  _mm256_srli_epi16(low25, 4));
+        const __m256i s6 = athena_even_window_a3(c4, _mm256_srli_epi16(low16, 3));
+        const __m256i s7 = athena_odd_window_a3 (c4, _mm256_srli_epi16(low37, 6));
+        const __m256i d0 = athena_dot_group(athena_sums(x1, t2, s0, w),  athena_sums(t1, x2, s1, s0), &y[0]);
+        const __m256i d1 = athena_dot_group(athena_sums(x1, t2, s2, s1), athena_sums(t1, x2, s3, s2), &y[1]);
+        const __m256i d2 = athena_dot_group(athena_sums(x1, t2, s4, s3), athena_sums(t1, x2, s5, s4), &y[2]);
+        const __m256i d3 = athena_dot_group(athena_sums(x1, t2, s6, s5), athena_sums(t1, x2, s7, s6), &y[3]);
+        acc.even = athena_add_group(acc.even, d0, b->scales[0], &y[0]);
+        acc.odd  = athena_add_group(acc.odd,  d1, b->scales[1], &y[1]);
+        acc.even = athena_add_group(acc.even, d2, b->scales[2], &y[2]);
+        acc.odd  = athena_add_group(acc.odd,  d3, b->scales[3], &y[3]);
+        w    = s7;
+        last = ATHENA_SHIFT_RIGHT(low, 5, 4);
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a3_tail), y++) {
         const block_a3_tail * b = (const block_a3_tail *) x;
         const __m256i a   = athena_tail_pairs(b->high);
         const __m256i low = athena_tail_bits(b->low);
-        const __m256i s0  = athena_first_window_a3(a, low, bit);
-        const __m256i s1  = athena_window_a3(a, low);
-        const __m256i d   = athena_dot_group(athena_sums(t1, t2, s0, w), athena_sums(t1, t2, s1, s0), y);
-        athena_add_tail(&acc, d, b->scale, y);
-        w   = s1;
-        bit = ATHENA_SHIFT_RIGHT(low, 1, 1);
+        const __m256i s0  = athena_even_window_a3(a, athena_first_bits_a3(low, last));
+        const __m256i s1  = athena_odd_window_a3(a, low);
+        const __m256i d   = athena_dot_group(athena_sums(x1, t2, s0, w), athena_sums(t1, x2, s1, s0), y);
+        acc.even = athena_add_group(acc.even, d, b->scale, y);
+        w    = s1;
+        last = ATHENA_SHIFT_LEFT(low, 1, 4);
     }
     return athena_total(acc);
 }
@@ -232,20 +233,19 @@ static inline float athena_dot_a4_avx2(int n, const uint8_t * x, const block_q8_
     const __m256i t1 = athena_load_table(athena_tables_a4.t1);
     const __m256i t2 = athena_load_table(athena_tables_a4.t2);
     __m256i w = _mm256_setzero_si256();
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
         const block_a4 * b = (const block_a4 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
-        for (int g = 0; g < 4; g++) {
-            athena_add_products(&acc, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), scales[g]);
+        for (int g = 0; g < 4; g += 2) {
+            acc.even = athena_add_group(acc.even, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), b->scales[g], &y[g]);
+            acc.odd  = athena_add_group(acc.odd, athena_dot_nibbles_a4(b->nibbles[g + 1], t1, t2, &w, &y[g + 1]), b->scales[g + 1], &y[g + 1]);
         }
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
         const block_a4_tail * b = (const block_a4_tail *) x;
-        athena_add_tail(&acc, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), b->scale, y);
+        acc.even = athena_add_group(acc.even, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), b->scale, y);
     }
     return athena_total(acc);
 }

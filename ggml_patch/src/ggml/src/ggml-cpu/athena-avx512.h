@@ -53,13 +53,11 @@ static inline float athena_dot_a2_avx512(int n, const uint8_t * x, const block_q
     __m256i last = _mm256_setzero_si256(); // the last symbol in bits 2 and 3
     __m256i e0 = _mm256_set1_epi8((char) athena_tables_a2.t2[0]); // for the next step and the one after it
     __m256i e1 = e0;
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
         const block_a2 * b = (const block_a2 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
         for (int v = 0; v < 2; v++) {
             const __m256i a  = athena_load(b->pairs[v]);
             const __m256i a4 = _mm256_srli_epi16(a, 4);
@@ -67,8 +65,8 @@ static inline float athena_dot_a2_avx512(int n, const uint8_t * x, const block_q
             const __m256i u1 = athena_step(&plain, a, e1, &e1);
             const __m256i u2 = athena_step(&plain, _mm256_srli_epi16(a, 2), e0, &e0);
             const __m256i u3 = athena_step(&plain, a4, e1, &e1);
-            athena_add_products(&acc, athena_dot_group(u0, u1, &y[2*v]),     scales[2*v]);
-            athena_add_products(&acc, athena_dot_group(u2, u3, &y[2*v + 1]), scales[2*v + 1]);
+            acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, &y[2*v]), b->scales[2*v], &y[2*v]);
+            acc.odd  = athena_add_group(acc.odd, athena_dot_group(u2, u3, &y[2*v + 1]), b->scales[2*v + 1], &y[2*v + 1]);
             last = a4;
         }
     }
@@ -77,7 +75,7 @@ static inline float athena_dot_a2_avx512(int n, const uint8_t * x, const block_q
         const __m256i a  = athena_tail_pairs(b->pairs);
         const __m256i u0 = athena_step(&exchanged, athena_select(before, last, a), e0, &e0);
         const __m256i u1 = athena_step(&plain, a, e1, &e1);
-        athena_add_tail(&acc, athena_dot_group(u0, u1, y), b->scale, y);
+        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, y), b->scale, y);
         last = a;
     }
     return athena_total(acc);
@@ -95,13 +93,11 @@ static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q
     const __m256i before   = _mm256_set1_epi8(0x08); // where layout D has the bit of the symbol before
     __m256i last = _mm256_setzero_si256(); // the lowest bit of the last symbol in bit 3
     __m256i e = _mm256_set1_epi8((char) athena_tables_a3.t2[0]); // for the next step
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
         const block_a3 * b = (const block_a3 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
         const __m256i a    = athena_load(b->high[0]);
         const __m256i c    = athena_load(b->high[1]);
         const __m256i low  = athena_load(b->low);
@@ -115,10 +111,10 @@ static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q
         const __m256i u5 = athena_step(&pa, athena_select(upper_a,  c, low4), e, &e);
         const __m256i u6 = athena_step(&pb, athena_select(upper_b,  _mm256_srli_epi16(c, 1), low4), e, &e);
         const __m256i u7 = athena_step(&pc, athena_select(upper_cd, _mm256_srli_epi16(c, 6), low4), e, &e);
-        athena_add_products(&acc, athena_dot_group(u0, u1, &y[0]), scales[0]);
-        athena_add_products(&acc, athena_dot_group(u2, u3, &y[1]), scales[1]);
-        athena_add_products(&acc, athena_dot_group(u4, u5, &y[2]), scales[2]);
-        athena_add_products(&acc, athena_dot_group(u6, u7, &y[3]), scales[3]);
+        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, &y[0]), b->scales[0], &y[0]);
+        acc.odd  = athena_add_group(acc.odd, athena_dot_group(u2, u3, &y[1]), b->scales[1], &y[1]);
+        acc.even = athena_add_group(acc.even, athena_dot_group(u4, u5, &y[2]), b->scales[2], &y[2]);
+        acc.odd  = athena_add_group(acc.odd, athena_dot_group(u6, u7, &y[3]), b->scales[3], &y[3]);
         last = low4;
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a3_tail), y++) {
@@ -128,7 +124,7 @@ static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q
         const __m256i bits = athena_select(before, last, _mm256_slli_epi16(low, 4));
         const __m256i u0 = athena_step(&pd, athena_select(upper_cd, a, bits), e, &e);
         const __m256i u1 = athena_step(&pa, athena_select(upper_a,  a, low),  e, &e);
-        athena_add_tail(&acc, athena_dot_group(u0, u1, y), b->scale, y);
+        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, y), b->scale, y);
         last = _mm256_slli_epi16(low, 2);
     }
     return athena_total(acc);
@@ -145,20 +141,19 @@ static inline __m256i athena_dot_nibbles_avx512(const uint8_t nibbles[32], const
 static inline float athena_dot_a4_avx512(int n, const uint8_t * x, const block_q8_a64 * y) {
     const athena_pair p = athena_rearrange(&athena_tables_a4, ATHENA_BYTES32(ATHENA_LAYOUT_A));
     __m256i e = _mm256_set1_epi8((char) athena_tables_a4.t2[0]);
-    athena_acc acc = { _mm256_setzero_ps(), _mm_setzero_ps() };
+    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
         const block_a4 * b = (const block_a4 *) x;
-        float scales[4];
         athena_prefetch(x, sizeof(*b));
-        athena_begin_super(&acc, b->scales, y, scales);
-        for (int g = 0; g < 4; g++) {
-            athena_add_products(&acc, athena_dot_nibbles_avx512(b->nibbles[g], &p, &e, &y[g]), scales[g]);
+        for (int g = 0; g < 4; g += 2) {
+            acc.even = athena_add_group(acc.even, athena_dot_nibbles_avx512(b->nibbles[g], &p, &e, &y[g]), b->scales[g], &y[g]);
+            acc.odd  = athena_add_group(acc.odd, athena_dot_nibbles_avx512(b->nibbles[g + 1], &p, &e, &y[g + 1]), b->scales[g + 1], &y[g + 1]);
         }
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
         const block_a4_tail * b = (const block_a4_tail *) x;
-        athena_add_tail(&acc, athena_dot_nibbles_avx512(b->nibbles, &p, &e, y), b->scale, y);
+        acc.even = athena_add_group(acc.even, athena_dot_nibbles_avx512(b->nibbles, &p, &e, y), b->scale, y);
     }
     return athena_total(acc);
 }
