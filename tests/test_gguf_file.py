@@ -129,6 +129,17 @@ def test_absent_or_foreign_files(tmp_path):
         GGUFFile(tmp_path / "text")
 
 
+def test_newer_format_version_is_refused(tiny_gguf, tmp_path):
+    for version, known in ((1, True), (2, False)):
+        out = tmp_path / f"{version}.gguf"
+        write_quantized(tiny_gguf, out, {}, {"athena.format_version": version}, file_type=121)
+        if known:
+            GGUFFile(out)
+        else:
+            with pytest.raises(AthenaError, match=r"2\.gguf: .*format version 2"):
+                GGUFFile(out)
+
+
 def _failing_with(exception):
     def fail():
         raise exception

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from athena_gguf.errors import AthenaError
-from athena_gguf.format import TYPES, decode_rows
+from athena_gguf.format import FORMAT_VERSION, TYPES, decode_rows
 from athena_gguf.gguf_file import types
 from athena_gguf.gguf_file.layout import MAGIC, Cursor, Field, Value, read_field
 
@@ -66,7 +66,8 @@ class GGUFFile:
     """A GGUF file, mapped into memory; close it, or use it in a `with`, to release the mapping.
 
     `fields`: key -> Field in file order; `tensors`: name -> Tensor in file order. Raises AthenaError naming the file
-    and what is wrong with it if it is absent, no GGUF, truncated, or if anything in it points outside of it.
+    and what is wrong with it if it is absent, no GGUF, truncated, of a newer format version, or if anything in it
+    points outside of it.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -121,6 +122,7 @@ class GGUFFile:
             if key in self.fields:
                 raise cursor.fail(f"the metadata key {key} occurs twice")
             self.fields[key] = read_field(cursor, key)
+        self._check_format_version()
         alignment = self.fields["general.alignment"].value if "general.alignment" in self.fields else DEFAULT_ALIGNMENT
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise AthenaError(f"{self.path}: general.alignment is {alignment!r}, which is no power of two")
@@ -134,6 +136,14 @@ class GGUFFile:
         start = cursor.at + -cursor.at % self.alignment
         for name, (shape, kind, offset) in infos.items():
             self.tensors[name] = self._tensor(name, shape, kind, start + offset)
+
+    def _check_format_version(self) -> None:
+        field = self.fields.get("athena.format_version")
+        if field is not None and (not isinstance(field.value, int) or field.value > FORMAT_VERSION):
+            raise AthenaError(
+                f"{self.path}: its A types have format version {field.value}, and only {FORMAT_VERSION} is known "
+                "here; use a newer athena-gguf"
+            )
 
     def _info(self, cursor: Cursor, name: str) -> tuple[tuple[int, ...], str, int]:
         what = f"the description of tensor {name}"
