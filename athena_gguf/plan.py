@@ -12,11 +12,12 @@ import numpy as np
 
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
-from athena_gguf.format import GROUP, LANES, TYPES
+from athena_gguf.format import GROUP, TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize
 from athena_gguf.gguf_file.types import row_bytes
 
 EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+_BLOCK = 32  # columns of a block of Q8_0 and of every other standard type that is no float
 _COLUMNS = 4  # of every tensor, compared with the model's
 _CHUNK = 1 << 24  # elements looked at in one go
 
@@ -39,7 +40,7 @@ class Plan:
         """Take a tensor out of the encoding, and say so."""
         self.encoded.pop(name, None)
         self.curved.discard(name)
-        kind = "Q8_0" if self.shapes[name][-1] % LANES == 0 else "F16"
+        kind = "Q8_0" if self.shapes[name][-1] % _BLOCK == 0 else "F16"
         self.standard[name] = kind
         progress.note(f"warning: {name} {list(self.shapes[name])} becomes {kind}: {reason}")
 
@@ -58,8 +59,8 @@ def make_plan(base_path: Path, type_name: str, embedding_type: str) -> Plan:
     for name, shape in big.items():
         kind = embedding_type if name in EMBEDDINGS else type_name
         if kind not in TYPES:
-            if shape[-1] % 32 and kind not in ("F32", "F16", "BF16"):
-                plan.keep_standard(name, f"its rows are no multiple of 32, as {kind} needs")
+            if shape[-1] % _BLOCK and kind not in ("F32", "F16", "BF16"):
+                plan.keep_standard(name, f"its rows are no multiple of {_BLOCK}, as {kind} needs")
             else:
                 plan.standard[name] = kind
             continue
