@@ -52,7 +52,8 @@ static inline __m256i athena_dot_group(__m256i sums0, __m256i sums1, const block
 }
 
 // The bits of the scales: broadcasting them from memory costs the ports of the arithmetic nothing.
-#define ATHENA_SCALE4(code)  ((code) << 19) + (108 << 23), (((code) + 1) << 19) + (108 << 23), (((code) + 2) << 19) + (108 << 23), (((code) + 3) << 19) + (108 << 23)
+#define ATHENA_SCALE(code)   ((code) << 19) + (108 << 23)
+#define ATHENA_SCALE4(code)  ATHENA_SCALE(code), ATHENA_SCALE((code) + 1), ATHENA_SCALE((code) + 2), ATHENA_SCALE((code) + 3)
 #define ATHENA_SCALE16(code) ATHENA_SCALE4(code), ATHENA_SCALE4((code) + 4), ATHENA_SCALE4((code) + 8), ATHENA_SCALE4((code) + 12)
 #define ATHENA_SCALE64(code) ATHENA_SCALE16(code), ATHENA_SCALE16((code) + 16), ATHENA_SCALE16((code) + 32), ATHENA_SCALE16((code) + 48)
 
@@ -239,8 +240,10 @@ static inline float athena_dot_a4_avx2(int n, const uint8_t * x, const block_q8_
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int g = 0; g < 4; g += 2) {
-            acc.even = athena_add_group(acc.even, athena_dot_nibbles_a4(b->nibbles[g], t1, t2, &w, &y[g]), b->scales[g], &y[g]);
-            acc.odd  = athena_add_group(acc.odd, athena_dot_nibbles_a4(b->nibbles[g + 1], t1, t2, &w, &y[g + 1]), b->scales[g + 1], &y[g + 1]);
+            const __m256i d0 = athena_dot_nibbles_a4(b->nibbles[g],     t1, t2, &w, &y[g]);
+            const __m256i d1 = athena_dot_nibbles_a4(b->nibbles[g + 1], t1, t2, &w, &y[g + 1]);
+            acc.even = athena_add_group(acc.even, d0, b->scales[g],     &y[g]);
+            acc.odd  = athena_add_group(acc.odd,  d1, b->scales[g + 1], &y[g + 1]);
         }
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {

@@ -147,8 +147,10 @@ static inline float athena_dot_a4_avx512(int n, const uint8_t * x, const block_q
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int g = 0; g < 4; g += 2) {
-            acc.even = athena_add_group(acc.even, athena_dot_nibbles_avx512(b->nibbles[g], &p, &e, &y[g]), b->scales[g], &y[g]);
-            acc.odd  = athena_add_group(acc.odd, athena_dot_nibbles_avx512(b->nibbles[g + 1], &p, &e, &y[g + 1]), b->scales[g + 1], &y[g + 1]);
+            const __m256i d0 = athena_dot_nibbles_avx512(b->nibbles[g],     &p, &e, &y[g]);
+            const __m256i d1 = athena_dot_nibbles_avx512(b->nibbles[g + 1], &p, &e, &y[g + 1]);
+            acc.even = athena_add_group(acc.even, d0, b->scales[g],     &y[g]);
+            acc.odd  = athena_add_group(acc.odd,  d1, b->scales[g + 1], &y[g + 1]);
         }
     }
     for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
