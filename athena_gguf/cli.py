@@ -1,5 +1,6 @@
 """The command line: one function a command, and no logic. Heavy modules are imported by the command that needs them."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,7 +106,9 @@ def convert(
     """Quantize a Hugging Face model to a GGUF file."""
     from athena_gguf.convert import ConvertOptions
     from athena_gguf.convert import convert as run_convert
+    from athena_gguf.memory import keep_freed_memory
 
+    keep_freed_memory()
     options = ConvertOptions(
         type=type_name,
         calibration=tuple(calibration or ("self",)),
@@ -191,6 +194,13 @@ def run(
     )
 
 
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """The console script."""
+    """The console script. A polite request to end is handled as Ctrl-C, so that temporary files are removed."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     app()

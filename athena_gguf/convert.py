@@ -5,6 +5,7 @@ The pipeline, top to bottom: base file, plan, calibration tokens, curvature, enc
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from athena_gguf.calibration import Curvature
     from athena_gguf.model import LinearLayer
 
-CALIBRATION_TOKENS = 131_072
+CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
 
 
@@ -102,8 +103,13 @@ def _check(out: Path, options: ConvertOptions) -> Any:
             raise AthenaError(f"--calibration {name}: no such file")
     if out.is_dir() or not out.parent.is_dir():
         raise AthenaError(f"{out}: not a file in an existing folder")
-    if options.base is not None and out.exists() and options.base.exists() and out.samefile(options.base):
+    kept = [options.base] if options.base else [options.work_dir / "base.gguf"] if options.work_dir else []
+    if any(
+        out.absolute() == path.absolute() or (out.exists() and path.exists() and out.samefile(path)) for path in kept
+    ):
         raise AthenaError(f"{out} is the base file; write the result elsewhere")
+    if not os.access(out.parent, os.W_OK):
+        raise AthenaError(f"{out} cannot be written: no permission in its folder")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AthenaError("--device cuda: torch sees no CUDA device; use --device cpu")
     name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -231,7 +237,6 @@ def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) 
 
 def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
     """Encoded tensors by name. Works off one layer input after the other, a few of them in flight."""
-    import os
     from collections import deque
 
     import torch

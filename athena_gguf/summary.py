@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf import progress
+from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.report.inspection import bits_per_weight
 
 if TYPE_CHECKING:
     from athena_gguf.calibration import Curvature
@@ -33,10 +35,11 @@ def print_summary(
         )
     weights = sum(plan.elements(n) for n in encoded)
     bits = 8 * sum(e.data.nbytes for e in encoded.values())
-    elements = sum(plan.elements(n) for n in plan.shapes)
+    with GGUFFile(out) as written:
+        over_all = bits_per_weight(written)
     size = out.stat().st_size
     progress.note(f"encoded: {len(encoded)} tensors, {weights:,} weights at {bits / weights:.3f} bits")
-    progress.note(f"{out}: {size / 2**20:.1f} MiB, {8 * size / elements:.3f} bits a weight over all")
+    progress.note(f"{out}: {size / 2**20:.1f} MiB, {over_all:.3f} bits a weight over all")
     times = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
     progress.note(f"time: {times}; total {sum(seconds.values()):.1f} s")
 

@@ -31,6 +31,8 @@ def text_windows(tokenizer: Any, files: Sequence[Path], tokens: int, length: int
     if not len(windows):
         names = ", ".join(map(str, files))
         raise AthenaError(f"{names}: the calibration text is shorter than one window of {length} tokens")
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        windows[:, 0] = tokenizer.bos_token_id  # models that were always given one need it
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[: max(1, tokens // length)]]
 

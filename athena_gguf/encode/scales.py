@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The level at which a group's largest weight is put at first.
 PEAK = {"A2": 62.0, "A3": 58.0, "A4": 54.0}
-_OFFSETS = (4, 2, 0, -2, -4, -6, -8, -10, -12)  # scale bytes tried around that: 1.19 down to 0.59 times
+OFFSETS = (4, 2, 0, -2, -4, -6, -8, -10, -12)  # scale bytes tried around that: 1.19 down to 0.59 times
 _SWEEPS = 2
 
 
@@ -40,11 +40,11 @@ def initial_scales(weight: torch.Tensor, metric: Metric, kind: AType) -> npt.NDA
     symbols, cost = np.empty(x.shape, np.uint8), np.empty(len(x), np.float32)
     values, errors = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
     losses, codes = [], []
-    for offset in _OFFSETS:
+    for offset in OFFSETS:
         codes.append(np.clip(middle + offset, 0, 255).astype(np.uint8))
         scale = torch.from_numpy(decode_scale(codes[-1])).repeat_interleave(GROUP // LANES, dim=1)
-        scale = (scale[:, None, :] * unit).view(-1, steps).numpy()
-        lane_search(kind)(x, one, scale, symbols, values, errors, cost)
+        scales = (scale[:, None, :] * unit).view(-1, steps).numpy()
+        lane_search(kind)(x, one, scales, symbols, values, errors, cost)
         losses.append(np.square(errors).reshape(rows, LANES, -1, GROUP // LANES).sum((1, 3)))
     best = np.argmin(losses, axis=0)
     return np.take_along_axis(np.stack(codes), best[None], axis=0)[0]

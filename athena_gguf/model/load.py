@@ -27,7 +27,7 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except Exception as e:  # whatever a bad file makes transformers raise
         raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
     return model.to(device).eval().requires_grad_(False)
