@@ -167,7 +167,11 @@ def _curvatures(
     from athena_gguf.model import load_model
 
     tokens = options.calibration_tokens or CALIBRATION_TOKENS
-    key = store.fingerprint(model_dir, options.calibration, tokens, options.seed, str(device), plan.curved)
+    texts = [Path(name) for name in options.calibration if name != "self"]
+    files = [*texts, *([options.base] if options.base else [])]
+    key = store.fingerprint(
+        model_dir, files, list(options.calibration), tokens, options.seed, str(device), sorted(plan.curved)
+    )
     path = work / "curvature.pt"
     kept = store.load(path, key)
     if kept is not None:
@@ -296,7 +300,9 @@ def _write(
 
 
 def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
-    """The settings that made a file; nothing in it depends on the machine, the clock or a path's folder."""
+    """The settings and versions that made a file; nothing in it depends on the clock or a path's folder."""
+    from importlib.metadata import version
+
     from athena_gguf import __version__
     from athena_gguf.encode import EncodeOptions
     from athena_gguf.format import FORMAT_VERSION
@@ -311,6 +317,9 @@ def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str,
         "athena.calibration_tokens": curvatures[0].tokens,
         "athena.calibration_window": WINDOW,
         "athena.seed": options.seed,
+        "athena.device": options.device,
         "athena.damping": settings.damping,
+        "athena.passes": settings.passes,
         "athena.sweeps": settings.sweeps,
+        "athena.made_with": [f"{name} {version(name)}" for name in ("torch", "transformers", "numba", "numpy", "gguf")],
     }

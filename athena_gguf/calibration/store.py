@@ -12,12 +12,9 @@ from athena_gguf.calibration.curvature import Curvature
 from athena_gguf.errors import AthenaError
 
 
-def fingerprint(
-    model_dir: Path, calibration: Sequence[str], tokens: int, seed: int, device: str, tensors: Iterable[str]
-) -> str:
+def fingerprint(model_dir: Path, files: Iterable[Path], *settings: object) -> str:
     """A digest of everything that a measured curvature depends on; files count by name, size and time of change."""
-    texts = _stats(Path(name) for name in calibration if name != "self")
-    return _digest(model_fingerprint(model_dir), texts, list(calibration), tokens, seed, device, sorted(tensors))
+    return _digest(model_fingerprint(model_dir), _stats(files), *settings)
 
 
 def model_fingerprint(model_dir: Path) -> str:
