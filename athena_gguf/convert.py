@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
 
     model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
     device = _check(out, options)
+    options = replace(options, device=device.type)
     stages = Stages()
     with _work_dir(options, out) as work:
         with stages.timed("base file"):
@@ -293,10 +294,10 @@ def _write(
     from athena_gguf.gguf_file import Replacement, write_quantized
     from athena_gguf.plan import standard_replacements
 
-    replace = standard_replacements(base_path, plan)
+    changed = standard_replacements(base_path, plan)
     for name, result in encoded.items():
-        replace[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
-    write_quantized(base_path, out, replace, _metadata(curvatures, options), file_type=TYPES[options.type].file_type)
+        changed[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
+    write_quantized(base_path, out, changed, _metadata(curvatures, options), file_type=TYPES[options.type].file_type)
 
 
 def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
