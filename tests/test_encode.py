@@ -176,6 +176,13 @@ def test_dead_and_zero_inputs_encode(kind):
         assert np.abs(decoded[1]).max() < 1e-3
 
 
+def test_a_single_row_encodes_as_it_does_among_others():
+    w, h = gaussian(4, 320, seed=9), curvature(320, seed=9)
+    kind = TYPES["A4"]
+    among = encode_matrix(w, h, kind, SMALL).data
+    np.testing.assert_array_equal(encode_matrix(w[2:3], h, kind, SMALL).data, among[2:3])
+
+
 def test_bytes_do_not_depend_on_the_number_of_threads():
     w, metric = gaussian(600, 64, seed=8), Metric(curvature(64, seed=8), 0.01)
     kind = TYPES["A3"]

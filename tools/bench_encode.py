@@ -50,7 +50,7 @@ def main() -> None:
                 weight = torch.from_numpy(base.tensors[name].to_float32(slice(0, args.rows)))
                 chosen.append((weight, c["matrix"]))
     weights = sum(w.numel() for w, _ in chosen)
-    encode_rows(chosen[0][0][:1], Metric(chosen[0][1], 0.01), kind, EncodeOptions(sweeps=1))  # compiles
+    encode_rows(chosen[0][0][:8], Metric(chosen[0][1], 0.01), kind, EncodeOptions(sweeps=1))  # compiles
     print(f"{args.type}, {len(chosen)} tensors of {args.rows} rows")
     for label, variant, offsets in VARIANTS:
         scales.OFFSETS = offsets

@@ -72,7 +72,7 @@ class ScaleFit:
             a, b = g * GROUP, (g + 1) * GROUP
             products = (values[:, a:b] @ self.h[a:b, a:]).mul_(values[:, a:])
             normal[:, g, g:] = products.view(rows, groups - g, GROUP).sum(2)
-            normal[:, g:, g] = normal[:, g, g:]
+            normal[:, g + 1 :, g] = normal[:, g, g + 1 :]
         old = torch.from_numpy(decode_scale(codes))
         ridge = normal.clone()
         ridge.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-30)
