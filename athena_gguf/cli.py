@@ -99,7 +99,7 @@ def convert(
     ] = None,
     embedding_type: Annotated[str, typer.Option("--embedding-type", help="Type of the embeddings.")] = "Q8_0",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
     work_dir: Annotated[Path | None, typer.Option("--work-dir", help="Folder for intermediate files.")] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
 ) -> None:

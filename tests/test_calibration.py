@@ -148,6 +148,7 @@ def test_the_model_writes_its_own_text(tiny_model):
     assert len({tuple(w.tolist()) for w in some}) == 5
     assert sum(count) == pytest.approx(5 * 24, abs=5 * 2)
     assert torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=1, batch=2))
+    assert torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=1, batch=2, threads=3))
     assert not torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=2, batch=2))
 
 

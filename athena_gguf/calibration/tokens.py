@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from athena_gguf.errors import AthenaError
 
@@ -43,14 +48,16 @@ def self_generated_windows(
     tokens: int,
     length: int,
     seed: int,
-    batch: int = 64,
+    batch: int = 32,
+    threads: int = 1,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> torch.Tensor:
     """About `tokens` tokens in windows [n, length] that the model writes itself (LLM-QAT, Liu et al. 2023).
 
     Every window starts from the tokenizer's BOS (or EOS) token and a token drawn from the model's 4,096 likeliest first
-    tokens, evenly, so that windows differ; then plain sampling at temperature 1. `advance` is called with the tokens
-    done.
+    tokens, evenly, so that windows differ; then plain sampling at temperature 1. `batch` windows are written at a
+    time, by each of `threads` threads; the text depends on `batch` but not on `threads`. `advance` is called with the
+    tokens done.
     """
     import torch
 
@@ -58,25 +65,50 @@ def self_generated_windows(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise AthenaError("the tokenizer has neither a BOS nor an EOS token to start from; give --calibration FILE")
-    generator = torch.Generator(device).manual_seed(seed)
-    count = max(1, tokens // length)
-    done = []
     with torch.no_grad():
-        start = torch.full((1, 1), first, device=device)
-        logits = model(input_ids=start).logits[0, -1]
-        if not torch.isfinite(logits).all():
-            raise AthenaError("the model's own predictions are NaN or Inf; check its weights")
-        likely = logits.topk(min(4096, len(logits))).indices
-        for at in range(0, count, batch):
-            n = min(batch, count - at)
-            pick = likely[torch.randint(len(likely), (n,), generator=generator, device=device)]
-            ids = torch.cat([start.expand(n, 1), pick[:, None]], dim=1)
-            cache, new = None, ids
-            while ids.shape[1] < length:
-                out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
-                new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
-                ids = torch.cat([ids, new], dim=1)
-                advance(n)
-            done.append(ids.cpu())
-    return torch.cat(done)
+        logits = model(input_ids=torch.full((1, 1), first, device=device)).logits[0, -1]
+    if not torch.isfinite(logits).all():
+        raise AthenaError("the model's own predictions are NaN or Inf; check its weights")
+    likely = logits.topk(min(4096, len(logits))).indices
+    count = max(1, tokens // length)
+    lock = Lock()
+
+    def count_tokens(done: int) -> None:
+        with lock:
+            advance(done)
+
+    def write(at: int) -> torch.Tensor:
+        own = np.random.SeedSequence((seed, at)).generate_state(1)  # torch looks at 32 bits of a seed
+        generator = torch.Generator(device).manual_seed(int(own[0]))
+        n = min(batch, count - at)
+        pick = likely[torch.randint(len(likely), (n,), generator=generator, device=device)]
+        start = torch.full((n, 1), first, device=device)
+        return _write(model, torch.cat([start, pick[:, None]], dim=1), length, generator, count_tokens)
+
+    starts = range(0, count, batch)
+    if threads == 1:
+        return torch.cat([write(at) for at in starts])
+    # A step is a thousand small operations: threads that share each of them spend most of their time waiting.
+    pool = ThreadPoolExecutor(threads, "calibration", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return torch.cat(list(pool.map(write, starts)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write(
+    model: Any, ids: torch.Tensor, length: int, generator: torch.Generator, advance: Callable[[int], None]
+) -> torch.Tensor:
+    """Go on with `ids` [n, some] until [n, length]; on the CPU."""
+    import torch
+
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache, new = None, ids
+    with torch.no_grad():
+        while ids.shape[1] < length:
+            out = model(input_ids=new, past_key_values=cache, use_cache=True, **last)
+            cache = out.past_key_values
+            new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, new], dim=1)
+            advance(len(ids))
+    return ids.cpu()
