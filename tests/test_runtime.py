@@ -156,6 +156,14 @@ def test_patch_inside_another_repository(tmp_path, checkout, patches):
     assert '#include "ours.h"' in (patched / "main.c").read_text()
 
 
+def test_a_checkout_stays_until_another_is_asked_for(tmp_path, checkout, patches):
+    """What takes the tree as it is (the converter) neither replaces it nor downloads anything."""
+    patched = tree.source_tree(tmp_path / "runtime", checkout=checkout)
+    before = {path: path.read_bytes() for path in patched.rglob("*") if path.is_file()}
+    assert tree.source_tree(tmp_path / "runtime") == patched
+    assert {path: path.read_bytes() for path in patched.rglob("*") if path.is_file()} == before
+
+
 def test_source_that_exists_already(tmp_path, checkout, patches):
     (checkout / "ours.h").touch()
     with pytest.raises(AthenaError, match=r"ours\.h already exists"):

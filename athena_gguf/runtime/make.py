@@ -11,7 +11,8 @@ from pathlib import Path
 
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
-from athena_gguf.runtime.places import binary_dir, locked, resolve
+from athena_gguf.lock import locked
+from athena_gguf.runtime.places import binary_dir, resolve
 from athena_gguf.runtime.tree import make_tree
 
 TOOLS = (
@@ -54,7 +55,7 @@ def build(
     own tests of the tensor types. Raises AthenaError naming what is missing, or the compiler's first error.
     """
     folder = resolve(folder)
-    with locked(folder):
+    with locked(folder, "--dir"):
         cmake = _require_tools()
         tree, fingerprint = make_tree(folder, checkout, source)
         stamp = folder / "build.json"

@@ -2,12 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import athena_gguf
-from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 
 
@@ -49,25 +46,3 @@ def binary(name: str, folder: Path | None = None) -> Path:
     if not path.is_file():
         raise AthenaError(f"{path} does not exist; run `athena-gguf runtime build` first")
     return path
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the runtime folder for one process at a time (where the platform has flock)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise AthenaError(f"{folder}: {error.strerror}; choose another folder with --dir") from error
-    with handle:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress.note(f"waiting for another process that works in {folder}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

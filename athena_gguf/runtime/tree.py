@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.lock import locked
 from athena_gguf.runtime import archive, patching
-from athena_gguf.runtime.places import locked, patch_dir, resolve
+from athena_gguf.runtime.places import patch_dir, resolve
 
 _STAMP = "source.json"
 
@@ -20,11 +21,16 @@ _STAMP = "source.json"
 def source_tree(folder: Path | None = None, *, checkout: Path | None = None, source: Path | None = None) -> Path:
     """The patched llama.cpp tree in the runtime `folder` (`default_dir()` if None), made if it is missing or outdated.
 
-    `checkout`: a llama.cpp checkout to take instead of the pinned archive; it is only read.
-    `source`: the pinned archive, already downloaded. Raises AthenaError if it cannot be fetched or patched.
+    `checkout`: a llama.cpp checkout to take instead of the pinned archive; it is only read. `source`: the pinned
+    archive, already downloaded. With neither, a tree that is there stays, whatever it was made from.
+    Raises AthenaError if it cannot be fetched or patched.
     """
     folder = resolve(folder)
-    with locked(folder):
+    with locked(folder, "--dir"):
+        if checkout is None and source is None:
+            there = _read(folder / _STAMP)
+            if isinstance(there, dict) and there.get("patch") == _patch_hash() and (folder / "llama.cpp").is_dir():
+                return folder / "llama.cpp"
         return make_tree(folder, checkout, source)[0]
 
 
@@ -39,8 +45,7 @@ def make_tree(folder: Path, checkout: Path | None, source: Path | None) -> tuple
         origin = _hash_files(checkout, files)
     else:
         origin = archive.ARCHIVE_SHA256
-    patch_files = [*patching.diffs(ours), *sorted(p for p in (ours / "src").rglob("*") if p.is_file())]
-    wanted = {"origin": origin, "patch": _hash_files(ours, [p.relative_to(ours) for p in patch_files])}
+    wanted = {"origin": origin, "patch": _patch_hash()}
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     if tree.is_dir() and _read(stamp) == wanted:
         return tree, fingerprint
@@ -99,6 +104,12 @@ def _synchronize(fresh: Path, tree: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(fresh / name, target)
         os.utime(target)  # newer than every object built from the old one, whatever the archive's time stamps
+
+
+def _patch_hash() -> str:
+    ours = patch_dir()
+    files = [*patching.diffs(ours), *sorted(p for p in (ours / "src").rglob("*") if p.is_file())]
+    return _hash_files(ours, [p.relative_to(ours) for p in files])
 
 
 def _hash_files(root: Path, names: Iterable[Path]) -> str:
