@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
+from athena_gguf.lock import locked
 
 if TYPE_CHECKING:
     from athena_gguf.calibration import Curvature
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
+IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger tensor waits alone
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
             plan = make_plan(base_path, options.type, options.embedding_type)
             require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
-        curvatures = _curvatures(model_dir, plan, work, device, options, stages)
+        curvatures = _curvatures(model_dir, plan, base_path, work, device, options, stages)
         for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
             plan.keep_standard(name, "no linear layer of the model feeds it")
         with stages.timed("encoding"):
@@ -120,11 +122,8 @@ def _check(out: Path, options: ConvertOptions) -> Any:
 @contextmanager
 def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
     if options.work_dir is not None:
-        try:
-            options.work_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AthenaError(f"--work-dir {options.work_dir}: {error.strerror}") from error
-        yield options.work_dir
+        with locked(options.work_dir, "--work-dir"):
+            yield options.work_dir
         return
     try:
         # Beside the result: the base file is as large as the model, and /tmp may be small.
@@ -159,7 +158,7 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
 
 
 def _curvatures(
-    model_dir: Path, plan: Any, work: Path, device: Any, options: ConvertOptions, stages: Stages
+    model_dir: Path, plan: Any, base_path: Path, work: Path, device: Any, options: ConvertOptions, stages: Stages
 ) -> list[Curvature]:
     """The curvature of every input of the planned layers, from the work directory if it was measured before."""
     import torch
@@ -171,7 +170,7 @@ def _curvatures(
     texts = [Path(name) for name in options.calibration if name != "self"]
     files = [*texts, *([options.base] if options.base else [])]
     key = store.fingerprint(
-        model_dir, files, list(options.calibration), tokens, options.seed, str(device), sorted(plan.curved)
+        model_dir, files, list(options.calibration), tokens, WINDOW, options.seed, str(device), sorted(plan.curved)
     )
     path = work / "curvature.pt"
     kept = store.load(path, key)
@@ -179,13 +178,18 @@ def _curvatures(
         progress.note("curvature: taken from the work directory")
         return kept
     model = load_model(model_dir, device, torch.float32)
-    layers = _layers(model, plan, options.base)
+    layers = _layers(model, plan, base_path, options.base is not None)
     with _bfloat16_products():
         with stages.timed("calibration text"):
             windows = _windows(model_dir, model, tokens, options)
         batch = 2 if device.type == "cpu" else 16
         with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
-            curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
+            try:
+                curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
+            except torch.OutOfMemoryError as error:
+                raise AthenaError(
+                    f"{model_dir}: the GPU's memory is too small to measure the curvature: {error}; use --device cpu"
+                ) from error
     if options.work_dir is not None:
         store.save(path, key, curvatures)
     return curvatures
@@ -205,12 +209,16 @@ def _bfloat16_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _layers(model: Any, plan: Any, base: Path | None) -> list[LinearLayer]:
+def _layers(model: Any, plan: Any, base_path: Path, given: bool) -> list[LinearLayer]:
     from athena_gguf.model import linear_layers
-    from athena_gguf.plan import check_same_model
+    from athena_gguf.plan import other_weights
 
-    if base is not None:
-        check_same_model(base, model, plan.architecture)
+    differences = other_weights(base_path, model, plan.architecture)
+    for name, what in differences.items():
+        if given:
+            raise AthenaError(f"{base_path}: tensor {name} {what}; give the base file of this model")
+        if name in plan.encoded:
+            plan.keep_standard(name, f"llama.cpp's converter rearranges it: it {what}")
     layers = [
         layer for layer in linear_layers(model, plan.architecture, plan.shapes) if layer.tensor_name in plan.curved
     ]
@@ -232,12 +240,21 @@ def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) 
     if files:
         parts.append(text_windows(tokenizer, files, share, WINDOW, options.seed))
     if "self" in options.calibration:
+        # Few threads on the CPU, since each holds the keys and values of a batch of windows.
+        batch, threads = (32, min(4, cores())) if model.device.type == "cpu" else (128, 1)
         with progress.bar("calibration text, written by the model", share) as advance:
-            parts.append(self_generated_windows(model, tokenizer, share, WINDOW, options.seed, advance=advance))
+            parts.append(
+                self_generated_windows(model, tokenizer, share, WINDOW, options.seed, batch, threads, advance=advance)
+            )
     windows = torch.cat(parts)
     if windows.numel() < tokens // 2:
         progress.note(f"warning: the calibration text has only {windows.numel():,} tokens of {tokens:,}")
     return windows
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
@@ -247,10 +264,11 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
     import torch
 
     from athena_gguf.encode import EncodeOptions, EncodePool, Metric
+    from athena_gguf.encode.pool import PIECE
     from athena_gguf.format import TYPES
     from athena_gguf.gguf_file import GGUFFile
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     done: dict[str, Any] = {}
     groups: list[tuple[Any, list[str]]] = [
         (c.matrix, [n for n in c.tensor_names if n in plan.encoded]) for c in curvatures
@@ -265,8 +283,9 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
     ):
         waiting: deque[tuple[str, Any]] = deque()
 
-        def collect(limit: int) -> None:
-            while len(waiting) > limit:
+        def collect(elements: int) -> None:
+            """Wait until at most so many elements are in flight."""
+            while sum(plan.elements(name) for name, _ in waiting) > elements:
                 name, result = waiting.popleft()
                 done[name] = result()
                 advance(plan.elements(name))
@@ -282,7 +301,8 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
             for name in names:
                 weight = torch.from_numpy(base.tensors[name].to_float32())
                 waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))
-            collect(2 * threads + 4)
+                # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
+                collect(min(4 * threads * PIECE * columns, IN_FLIGHT))
         collect(0)
     return done
 

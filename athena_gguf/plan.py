@@ -18,7 +18,7 @@ from athena_gguf.gguf_file.types import row_bytes
 
 EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 _BLOCK = 32  # columns of a block of Q8_0 and of every other standard type that is no float
-_COLUMNS = 4  # of every tensor, compared with the model's
+_COLUMNS = 8  # of every tensor, compared with the model's
 _CHUNK = 1 << 24  # elements looked at in one go
 
 
@@ -52,6 +52,8 @@ def make_plan(base_path: Path, type_name: str, embedding_type: str) -> Plan:
     """
     with GGUFFile(base_path) as base:
         architecture = str(base.metadata.get("general.architecture", ""))
+        if base.metadata.get("split.count") not in (None, 0, 1):
+            raise AthenaError(f"{base_path} is one part of a split file; join them with llama-gguf-split --merge first")
         big = {t.name: t.shape for t in base if len(t.shape) > 1 and t.type_name in ("BF16", "F16")}
     if not big:
         raise AthenaError(f"{base_path}: no BF16 or F16 matrix in it; give a base file made by `athena-gguf base`")
@@ -81,6 +83,8 @@ def weight_count(model_dir: Path) -> int:
 
     count = 0
     for path in model_dir.glob("*.safetensors"):
+        if path.name.startswith("consolidated"):  # the same weights once more, as Mistral ships them
+            continue
         with safe_open(path, framework="numpy") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count
@@ -97,38 +101,30 @@ def predicted_bytes(base_path: Path, plan: Plan) -> int:
         )
 
 
-def check_same_model(base_path: Path, model: Any, architecture: str) -> None:
-    """Raises AthenaError naming a tensor of the base file whose shape or weights are not the model's.
+def other_weights(base_path: Path, model: Any, architecture: str) -> dict[str, str]:
+    """The matrices of the base file whose shape or weights are not those of the model's linear layer, and what differs.
 
-    Looks at a few columns only, and at them sorted, since the base file may permute rows.
+    Looks at a few columns only, and at them sorted, since the base file may permute rows. One that permutes columns
+    (as llama.cpp's converter does for some linear attention layers) shows here too.
     """
     import torch
 
     from athena_gguf.model.linear import named_layers
 
+    found = {}
     with GGUFFile(base_path) as base:
-        pairs = [
-            (base.tensors[x.tensor_name], x.module.weight) for x in named_layers(model, architecture, base.tensors)
-        ]
-        for tensor, weight in pairs:
+        for layer in named_layers(model, architecture, base.tensors):
+            tensor, weight = base.tensors[layer.tensor_name], layer.module.weight
             if tensor.shape != tuple(weight.shape):
-                raise AthenaError(
-                    f"{base_path}: tensor {tensor.name} is {list(tensor.shape)}, but the model has "
-                    f"{list(weight.shape)}; give the base file of this model"
-                )
-        for tensor, weight in pairs:
-            if tensor.type_name not in ("BF16", "F16"):
-                continue
-            width = tensor.data.shape[-1] // tensor.columns
-            few = np.ascontiguousarray(tensor.data[:, : _COLUMNS * width]).view(np.int16)
-            kind = torch.bfloat16 if tensor.type_name == "BF16" else torch.float16
-            ours = torch.from_numpy(few).view(kind).float().sort(0).values
-            theirs = weight[:, :_COLUMNS].detach().float().cpu().sort(0).values
-            if not torch.allclose(ours, theirs, rtol=2**-8, atol=2**-24):
-                raise AthenaError(
-                    f"{base_path}: tensor {tensor.name} holds other weights than the model; give the base file of "
-                    "this model"
-                )
+                found[tensor.name] = f"is {list(tensor.shape)}, but the model has {list(weight.shape)}"
+            elif tensor.type_name in ("BF16", "F16"):
+                few = np.linspace(0, tensor.columns - 1, _COLUMNS).astype(int)
+                kind = torch.bfloat16 if tensor.type_name == "BF16" else torch.float16
+                ours = torch.from_numpy(tensor.data.view(np.int16)[:, few]).view(kind).float().sort(0).values
+                theirs = weight[:, few].detach().float().cpu().sort(0).values
+                if not torch.allclose(ours, theirs, rtol=2**-8, atol=2**-24):
+                    found[tensor.name] = "holds other weights than the model"
+    return found
 
 
 def check_finite(base_path: Path) -> None:

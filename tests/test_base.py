@@ -1,6 +1,7 @@
 """The BF16 base file: llama.cpp's converter run on a small model, and on what is none."""
 
 import json
+import os
 import shutil
 
 import gguf
@@ -40,7 +41,7 @@ def test_base_has_the_weights(tiny_model, tiny_base):
 
 
 def test_no_model(tmp_path):
-    refused(tmp_path / "absent", tmp_path, "absent is no directory")
+    refused(tmp_path / "absent", tmp_path, "absent: no such directory")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, r"config\.json")
 
@@ -50,6 +51,14 @@ def test_config_that_is_no_json(model, tmp_path):
     refused(model, tmp_path, r"config\.json is no JSON")
 
 
+def test_target_that_is_no_file(tiny_model, tmp_path):
+    out = tmp_path / "pipe"
+    os.mkfifo(out)
+    with pytest.raises(AthenaError, match="pipe is no regular file"):
+        write_base(tiny_model, out)
+    assert out.is_fifo()
+
+
 def test_no_tokenizer(model, tmp_path):
     for name in ("tokenizer.json", "tokenizer.model"):
         (model / name).unlink()
@@ -57,7 +66,7 @@ def test_no_tokenizer(model, tmp_path):
 
 
 def test_no_weights(model, tmp_path):
-    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").rename(model / "training_args.bin")
     refused(model, tmp_path, "no weights")
 
 

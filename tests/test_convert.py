@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import gguf
 import numpy as np
 import pytest
 import tiny_model as tiny
+from safetensors.torch import load_file, save_file
 
 import athena_gguf.calibration
 import athena_gguf.gguf_file
@@ -22,7 +24,9 @@ from athena_gguf.convert import ConvertOptions, convert
 from athena_gguf.encode import EncodePool
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows
-from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.gguf_file import GGUFFile, write_quantized
+from athena_gguf.lock import locked
+from athena_gguf.report.evaluate import evaluate
 
 LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # Squared error over squared weights, at most: 3 to 6 dB above that of rounding without a curvature (docs/format.md), as
@@ -239,7 +243,7 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
     assert run() == (["curvature"], first)
     os.utime(model / "model.safetensors")
     assert run() == (["base", "curvature"], first)
-    assert sorted(p.name for p in work.iterdir()) == ["base.gguf", "base.model", "curvature.pt"]
+    assert sorted(p.name for p in work.iterdir()) == [".lock", "base.gguf", "base.model", "curvature.pt"]
 
 
 def test_curvature_that_is_no_curvature(tiny_model, options, tmp_path):
@@ -284,7 +288,7 @@ def test_activations_not_finite(tiny_model, options, tmp_path):
 
 def test_no_model(tiny_model, options, tmp_path):
     out = tmp_path / "out.gguf"
-    refused(tmp_path / "absent", out, options(base=None), "absent is no directory")
+    refused(tmp_path / "absent", out, options(base=None), "absent: no such directory")
     model = shutil.copytree(tiny_model, tmp_path / "model")
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-100])
@@ -374,3 +378,62 @@ def _fail_at_third_call(monkeypatch, where, error):
         return original(*arguments)
 
     monkeypatch.setattr(place, name, fail)
+
+
+def test_work_directory_is_for_one_at_a_time(tiny_model, options, tmp_path, capfd):
+    work, out = tmp_path / "work", tmp_path / "out.gguf"
+    runner = threading.Thread(target=convert, args=(tiny_model, out, options(work_dir=work)))
+    with locked(work, "--work-dir"):
+        runner.start()
+        said = ""
+        while "waiting for another process" not in said:
+            said += capfd.readouterr().err
+            runner.join(0.05)
+        assert [p.name for p in work.iterdir()] == [".lock"]
+    runner.join()
+    assert out.exists()
+
+
+def test_bounded_queue_changes_nothing(tiny_model, options, tmp_path, monkeypatch):
+    convert(tiny_model, tmp_path / "one.gguf", options())
+    monkeypatch.setattr(convert_module, "IN_FLIGHT", 0)
+    convert(tiny_model, tmp_path / "two.gguf", options())
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+def test_missing_weights(tiny_model, options, tmp_path):
+    """transformers would fill them with random numbers."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(model, tmp_path / "out.gguf", options(), r"lack the tensor model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_part_of_a_split_base(tiny_model, tiny_base, options, tmp_path):
+    part = tmp_path / "base-00001-of-00002.gguf"
+    write_quantized(tiny_base, part, {}, {"split.count": 2}, file_type=32)
+    refused(tiny_model, tmp_path / "out.gguf", options(base=part), "one part of a split file")
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Qwen2", {}),  # biases
+        ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+        ("Gemma2", {"head_dim": 32}),  # gguf knows no output matrix of it: the embeddings serve
+        ("Phi3", {"pad_token_id": 0}),  # q, k, v in one matrix, gate and up in another
+    ],
+)
+def test_other_families(family, config, runtime, text, tmp_path):
+    """Every linear layer and the embeddings become A3 under their own curvature, and llama.cpp runs the result."""
+    model, out = tiny.make(tmp_path / "model", family, **config), tmp_path / "out.gguf"
+    work = tmp_path / "work"
+    settings = {"calibration": (str(text),), "calibration_tokens": 512, "embedding_type": "A3", "device": "cpu"}
+    assert "warning: blk" not in (messages := said(model, out, ConvertOptions(work_dir=work, **settings)))
+    assert "no linear layer" not in messages
+    with GGUFFile(out) as file:
+        matrices = [t for t in file if len(t.shape) == 2]
+        assert len(matrices) >= 5 and {t.type_name for t in matrices} == {"A3"}
+    found = evaluate(out, work / "base.gguf", text, windows=1, threads=2)
+    assert 0 < found.kld < 0.2

@@ -13,8 +13,8 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(chosen.choice(TEXT.split()) for _ in range(count))
 
 
-def make(folder: Path, **config: object) -> Path:
-    """Write the model; `config` changes entries of its LlamaConfig."""
+def make(folder: Path, family: str = "Llama", **config: object) -> Path:
+    """Write the model; `config` changes entries of its `family`'s configuration."""
     import torch
     import transformers
 
@@ -33,7 +33,8 @@ def make(folder: Path, **config: object) -> Path:
         "eos_token_id": 2,
     }
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | config)))
+    configuration = getattr(transformers, f"{family}Config")(**(settings | config))
+    model = transformers.AutoModelForCausalLM.from_config(configuration)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

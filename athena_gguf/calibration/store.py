@@ -11,15 +11,19 @@ from athena_gguf import __version__, progress
 from athena_gguf.calibration.curvature import Curvature
 from athena_gguf.errors import AthenaError
 
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
+METHOD = 1  # raised when the same inputs give another curvature
+
 
 def fingerprint(model_dir: Path, files: Iterable[Path], *settings: object) -> str:
     """A digest of everything that a measured curvature depends on; files count by name, size and time of change."""
-    return _digest(model_fingerprint(model_dir), _stats(files), *settings)
+    return _digest(METHOD, model_fingerprint(model_dir), _stats(files), *settings)
 
 
 def model_fingerprint(model_dir: Path) -> str:
-    """A digest of the files of a model directory, by name, size and time of change."""
-    return _digest(__version__, _stats(p for p in sorted(model_dir.iterdir()) if p.is_file()))
+    """A digest of a model's files, by name, size and time of change; what else lies in its folder does not count."""
+    files = (p for p in sorted(model_dir.iterdir()) if p.suffix in _MODEL_FILES and p.is_file())
+    return _digest(__version__, _stats(files))
 
 
 def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -28,6 +28,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 @contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
     """The name of a new empty file in the folder of `target`, which replaces it on success and is removed otherwise."""
+    if target.exists() and not target.is_file():
+        raise AthenaError(f"{target} is no regular file; choose another name")
     try:
         handle, name = tempfile.mkstemp(prefix=".athena-", suffix=".part", dir=target.parent)
         os.close(handle)

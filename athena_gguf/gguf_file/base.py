@@ -9,8 +9,8 @@ from pathlib import Path
 
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
+from athena_gguf.model.load import check_model_dir
 
-_WEIGHTS = (".safetensors", ".bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
@@ -37,24 +37,19 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
 def check_model(model_dir: Path) -> None:
     """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files."""
-    if not model_dir.is_dir():
-        raise AthenaError(f"{model_dir} is no directory; give a Hugging Face model directory")
-    if not (model_dir / "config.json").is_file():
-        raise AthenaError(f"{model_dir} has no config.json; give a Hugging Face model directory")
+    check_model_dir(model_dir)
     try:
         json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AthenaError(f"{model_dir / 'config.json'} is no JSON ({error}); download it again") from error
     if not any(path for pattern in _TOKENIZERS for path in model_dir.glob(pattern)):
         raise AthenaError(f"{model_dir} has no tokenizer (tokenizer.json or tokenizer.model)")
-    weights = sorted(path for path in model_dir.iterdir() if path.suffix in _WEIGHTS)
-    if not weights:
+    weights = sorted(model_dir.glob("*.safetensors"))
+    if not weights and not any(model_dir.glob("pytorch_model*.bin")):
         raise AthenaError(f"{model_dir} has no weights (*.safetensors)")
     from safetensors import SafetensorError, safe_open
 
     for path in weights:
-        if path.suffix != ".safetensors":
-            continue
         try:
             with safe_open(path, framework="numpy"):
                 pass

@@ -43,10 +43,15 @@ def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list
         raise AthenaError(f"architecture {architecture!r} is unknown to the installed gguf package; update it")
     names = gguf.get_tensor_name_map(by_name[architecture], model.config.get_text_config().num_hidden_layers)
     found = []
+    head = model.get_output_embeddings()
     for module_name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        tensor_name = names.get_name(f"{module_name}.weight", try_suffixes=(".weight",))
+        # llama.cpp's converter drops this part of the names of models that also see or hear.
+        name = module_name.replace("language_model.", "")
+        tensor_name = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if module is head and tensor_name is None:
+            tensor_name = "output.weight"  # unknown to gguf where the embeddings are always used for it
         if tensor_name == "output.weight" and tensor_name not in tensors:
             tensor_name = "token_embd.weight"  # tied: the base file holds one tensor for both
         if tensor_name is not None and tensor_name in tensors:

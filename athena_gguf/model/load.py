@@ -27,9 +27,16 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except Exception as e:  # whatever a bad file makes transformers raise
         raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
+    model, found = loaded
+    absent = sorted(found["missing_keys"])  # transformers would fill them with random numbers
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise AthenaError(f"{model_dir}: its files lack the tensor {absent[0]}{more}; download the model again")
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -130,7 +131,8 @@ def print_evaluation(
     """The result of `evaluate` on stdout."""
     result = evaluate(file, base, text, windows=windows, base_logits=base_logits, threads=threads)
     if as_json:
-        print(json.dumps(asdict(result), indent=1))
+        values = {k: v if math.isfinite(v) else None for k, v in asdict(result).items()}  # JSON has no NaN
+        print(json.dumps(values, indent=1, allow_nan=False))
         return
     print(f"KL divergence   {result.kld:.6f} ± {result.kld_error:.6f}  (median {result.kld_median:.6f})")
     print(f"perplexity      {result.ppl:.4f}, base {result.ppl_base:.4f}, ratio {result.ppl_ratio:.4f}")
