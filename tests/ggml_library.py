@@ -16,7 +16,12 @@ from athena_gguf.format import AType, row_bytes
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "ggml_patch" / "src" / "ggml" / "src"
 C_TESTS = Path(__file__).parent / "c"
-FILES = [SOURCE / "ggml-athena.c", SOURCE / "ggml-athena-quantize.c", SOURCE / "ggml-cpu" / "athena.c"]
+FILES = [
+    SOURCE / "ggml-athena.c",
+    SOURCE / "ggml-athena-quantize.c",
+    SOURCE / "ggml-cpu" / "athena.c",
+    SOURCE / "ggml-cpu" / "athena-gemm.c",
+]
 
 ACTIVATION = np.dtype([("d", "<f4"), ("offset", "<i4"), ("qs", "i1", 64)])  # block_q8_a64
 
@@ -34,12 +39,38 @@ def compiler() -> str:
     return found
 
 
-def has_avx2() -> bool:
+# Builds of our sources: compiler flags, and what /proc/cpuinfo must name for them to run.
+BUILDS = {
+    "plain": ([], set()),
+    "avx2": (["-mavx2", "-mfma"], {"avx2", "fma"}),
+    "avxvnni": (["-mavx2", "-mfma", "-mavxvnni"], {"avx2", "fma", "avx_vnni"}),
+    "avx512": (
+        ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"],
+        {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni"},
+    ),
+    "native": (["-march=native"], set()),
+}
+
+
+def flags_of_build(name: str) -> list[str]:
+    """The compiler flags of one of BUILDS; skips the test where this CPU cannot run it."""
+    flags, wanted = BUILDS[name]
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        has = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return "avx2" in flags and "fma" in flags
+        has = set()
+    if not wanted <= has:
+        pytest.skip(f"the CPU has no {', '.join(sorted(wanted - has))}")
+    return flags
+
+
+def run(*command: object, status: int | None = 0) -> str:
+    """What a command says on both streams; fails where its exit status is not `status` (None: any but 0)."""
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace")
+    said = result.stdout + result.stderr
+    # a signal is a crash, whatever was expected
+    assert result.returncode == status or (status is None and result.returncode > 0), said[-3000:]
+    return said
 
 
 def compile_c(target: Path, flags: list[str], extra: list[Path]) -> None:
@@ -54,7 +85,8 @@ def compile_c(target: Path, flags: list[str], extra: list[Path]) -> None:
 def link_ggml(target: Path, source: Path, binaries: Path) -> None:
     """Compile a program against the built libraries of llama.cpp."""
     command = [compiler(), "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{tree() / 'ggml' / 'include'}"]
-    command += [str(source), "-o", str(target), f"-L{binaries}", "-lggml-base", f"-Wl,-rpath,{binaries}"]
+    libraries = [f"-L{binaries}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{binaries}"]
+    command += [str(source), "-o", str(target), *libraries]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -93,6 +125,27 @@ class Library:
             zero,
         )
         return float(out[0])
+
+    def multiply(
+        self,
+        kind: AType,
+        rows: npt.NDArray[np.uint8],
+        columns: int,
+        activations: npt.NDArray[np.float32],
+        gathered: bool,
+    ) -> npt.NDArray[np.float32] | None:
+        """Bytes [rows, row bytes] times floats [tokens, columns]: [tokens, rows]; None where the build has no such."""
+        tokens = len(activations)
+        out = np.full((tokens, len(rows)), np.nan, np.float32)
+        i64 = ctypes.c_int64
+        function = self._c["multiply"]
+        function.restype = ctypes.c_bool
+        sizes = [i64(len(rows)), i64(columns)]
+        done = function(
+            ctypes.c_int(kind.ggml_type), _pointer(rows), *sizes, _pointer(activations), i64(tokens), _pointer(out),
+            ctypes.c_bool(gathered),
+        )  # fmt: skip
+        return out if done else None
 
     def quantize_activations(self, x: npt.NDArray[np.float32], suffix: str = "") -> npt.NDArray:
         """[columns] floats to blocks of dtype ACTIVATION; suffix "_ref" for the scalar version."""

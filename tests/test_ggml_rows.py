@@ -1,26 +1,25 @@
 """The C row decoders, dot products and quantizers against NumPy."""
 
 import subprocess
+from pathlib import Path
 
 import ggml_library
 import golden_vectors
 import numpy as np
 import pytest
-from ggml_library import ACTIVATION, Library
+from ggml_library import ACTIVATION, BUILDS, Library
 
 from athena_gguf.format import TYPES, AType, decode_rows, decode_scale, levels, row_bytes, unpack_rows
 
 WIDTHS = (64, 128, 192, 256, 320, 576, 896, 960, 1536, 2880, 4096)
-BUILDS = {"plain": [], "avx2": ["-mavx2", "-mfma"], "native": ["-march=native"]}
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Our sources built for the plain architecture, for AVX2 (where the CPU has it) and for this CPU."""
-    if request.param == "avx2" and not ggml_library.has_avx2():
-        pytest.skip("the CPU has no AVX2")
+    """Our sources built for the plain architecture, for what else the CPU has, and for all that it has."""
+    flags = ggml_library.flags_of_build(request.param)
     path = tmp_path_factory.mktemp(request.param) / "libathena.so"
-    ggml_library.compile_c(path, [*BUILDS[request.param], "-shared", "-fPIC"], [])
+    ggml_library.compile_c(path, [*flags, "-shared", "-fPIC"], [])
     return Library(path)
 
 
@@ -104,13 +103,12 @@ def test_activations_that_are_not_finite_reach_the_result(library: Library, bad:
         assert np.isnan(library.dot(kind, random_row(kind, 320, rng), blocks))
 
 
-@pytest.mark.parametrize("compiler_flags", BUILDS.values(), ids=BUILDS)
-def test_random_bytes_under_sanitizers(compiler_flags: list[str], tmp_path: object) -> None:
-    if "-mavx2" in compiler_flags and not ggml_library.has_avx2():
-        pytest.skip("the CPU has no AVX2")
-    program = tmp_path / "random_rows"  # type: ignore[operator]
-    sanitize = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    ggml_library.compile_c(program, [*compiler_flags, *sanitize], [ggml_library.C_TESTS / "random_rows.c"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_random_bytes_under_sanitizers(build: str, tmp_path: Path) -> None:
+    program = tmp_path / "random_rows"
+    flags = [*ggml_library.flags_of_build(build), "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
+    ggml_library.compile_c(program, flags, sources)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -1,23 +1,14 @@
 """The new types inside a built llama.cpp: its own type tests, llama-quantize, and what has to be refused."""
 
 import struct
-import subprocess
 from pathlib import Path
 
 import ggml_library
 import numpy as np
 import pytest
+from ggml_library import run
 
 from athena_gguf.gguf_file.reader import GGUFFile
-
-
-def run(*command: object, status: int | None = 0) -> str:
-    """What a command says on both streams; fails where its exit status is not `status` (None: any but 0)."""
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace")
-    said = result.stdout + result.stderr
-    # a signal is a crash, whatever was expected
-    assert result.returncode == status or (status is None and result.returncode > 0), said[-3000:]
-    return said
 
 
 def test_tables_header_is_current() -> None:

@@ -7,6 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+// gemm.c
+bool multiply(int type, const void * x, int64_t rows, int64_t columns, const float * y, int64_t tokens, float * out, bool gathered);
+
 typedef void (*dot_fn)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
 
 typedef struct {
@@ -86,10 +89,35 @@ static void test_row(const kind * k, int64_t columns) {
     free(activations);
 }
 
+// Several rows and tokens, some of them without a full tile or panel.
+static void test_product(const kind * k, int64_t rows, int64_t columns, int64_t tokens) {
+    const size_t size = (size_t) (rows*columns/64)*k->size;
+    uint8_t * x = exactly(size);
+    float * y = exactly((size_t) (tokens*columns)*sizeof(float));
+    float * out = exactly((size_t) (tokens*rows)*sizeof(float));
+    for (size_t i = 0; i < size; i++) {
+        x[i] = (uint8_t) random_bits();
+    }
+    for (int64_t i = 0; i < tokens*columns; i++) {
+        y[i] = (float) (int32_t) random_bits();
+    }
+    for (int gathered = 0; gathered < 2; gathered++) {
+        if (multiply((int) k->type, x, rows, columns, y, tokens, out, gathered)) {
+            expect(all_finite(out, tokens*rows), "a product is not finite", columns);
+        }
+    }
+    free(x);
+    free(y);
+    free(out);
+}
+
 int main(void) {
     for (size_t i = 0; i < sizeof(kinds)/sizeof(kinds[0]); i++) {
         for (int64_t columns = 64; columns <= 1408; columns += 64) {
             test_row(&kinds[i], columns);
+        }
+        for (int64_t tokens = 1; tokens <= 40; tokens += 13) {
+            test_product(&kinds[i], 3*tokens + 2, 64*tokens, tokens);
         }
     }
     return 0;

@@ -1,4 +1,5 @@
-// AVX2 dot products of A2, A3 and A4 rows. 32 lanes are one vector: a step costs one byte shuffle a table.
+// AVX2 decoders of A2, A3 and A4 rows, for dot products and for tiles of a matrix product. 32 lanes are one vector: a step
+// costs one byte shuffle a table.
 
 #pragma once
 
@@ -9,6 +10,17 @@
 #include "ggml-athena-tables.h"
 
 #include <immintrin.h>
+
+// The decoders are written once and inlined into both of their uses.
+#if defined(__GNUC__)
+#define ATHENA_INLINE inline __attribute__((always_inline))
+#else
+#define ATHENA_INLINE inline
+#endif
+
+// A tile of a matrix product: 64 columns of 16 rows, row after row.
+#define ATHENA_TILE_ROWS  16
+#define ATHENA_TILE_BYTES (ATHENA_TILE_ROWS*ATHENA_GROUP)
 
 static inline __m256i athena_load(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
@@ -59,10 +71,31 @@ static inline __m256i athena_dot_group(__m256i sums0, __m256i sums1, const block
 
 static const int32_t athena_scale_bits[256] = { ATHENA_SCALE64(0), ATHENA_SCALE64(64), ATHENA_SCALE64(128), ATHENA_SCALE64(192) };
 
-// What a row has summed up. Two vectors, used in turns: a sum waits for the one before it.
+// What becomes of the groups of a row: part of a dot product, or rows of a tile. `decode` is a constant wherever a sink is
+// used, so that after inlining only one of the two is left.
 typedef struct {
-    __m256 even, odd;
-} athena_acc;
+    bool decode;
+    const block_q8_a64 * y; // the activations of the next group
+    __m256 even, odd;       // the dot product; used in turns: a sum waits for the one before it
+    uint8_t * levels;       // where the next group's bytes go, and its scale
+    float   * scales;
+    __m256i   zero;         // subtracted from the sums of table entries
+} athena_sink;
+
+// What a row carries from one block to the next; how a decoder uses it is its own business.
+typedef struct {
+    __m256i v[3];
+} athena_carry;
+
+static ATHENA_INLINE athena_sink athena_dot_sink(const block_q8_a64 * y) {
+    const athena_sink sink = { false, y, _mm256_setzero_ps(), _mm256_setzero_ps(), NULL, NULL, _mm256_setzero_si256() };
+    return sink;
+}
+
+static ATHENA_INLINE athena_sink athena_tile_sink(uint8_t * levels, float * scales, int zero) {
+    const athena_sink sink = { true, NULL, _mm256_setzero_ps(), _mm256_setzero_ps(), levels, scales, _mm256_set1_epi8((char) zero) };
+    return sink;
+}
 
 // sum += dot * scale * d
 static inline __m256 athena_add_group(__m256 sum, __m256i dot, uint8_t code, const block_q8_a64 * y) {
@@ -70,8 +103,35 @@ static inline __m256 athena_add_group(__m256 sum, __m256i dot, uint8_t code, con
     return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), _mm256_set1_ps(y->d), sum);
 }
 
-static inline float athena_total(athena_acc acc) {
-    const __m256 both = _mm256_add_ps(acc.even, acc.odd);
+// Group g of a block: the sums of its two steps and its scale byte.
+static ATHENA_INLINE void athena_group(athena_sink * sink, int g, __m256i sums0, __m256i sums1, uint8_t code) {
+    if (sink->decode) {
+        uint8_t * levels = sink->levels + g*ATHENA_TILE_BYTES;
+        _mm256_store_si256((__m256i *) levels,        _mm256_sub_epi8(sums0, sink->zero));
+        _mm256_store_si256((__m256i *) (levels + 32), _mm256_sub_epi8(sums1, sink->zero));
+        memcpy(sink->scales + g*ATHENA_TILE_ROWS, &athena_scale_bits[code], sizeof(float));
+        return;
+    }
+    const __m256i dot = athena_dot_group(sums0, sums1, &sink->y[g]);
+    if (g % 2 == 0) {
+        sink->even = athena_add_group(sink->even, dot, code, &sink->y[g]);
+    } else {
+        sink->odd = athena_add_group(sink->odd, dot, code, &sink->y[g]);
+    }
+}
+
+// After a block of that many groups.
+static ATHENA_INLINE void athena_advance(athena_sink * sink, int groups) {
+    if (sink->decode) {
+        sink->levels += groups*ATHENA_TILE_BYTES;
+        sink->scales += groups*ATHENA_TILE_ROWS;
+    } else {
+        sink->y += groups;
+    }
+}
+
+static inline float athena_total(const athena_sink * sink) {
+    const __m256 both = _mm256_add_ps(sink->even, sink->odd);
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
@@ -109,16 +169,15 @@ static inline __m256i athena_first_window_a2(__m256i bytes, __m256i last) {
     return _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(3)), _mm256_and_si256(last, _mm256_set1_epi8(12)));
 }
 
-static inline float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a2_avx2(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const __m256i t1 = athena_load_table(athena_tables_a2.t1);
     const __m256i t2 = athena_load_table(athena_tables_a2.t2);
     const __m256i x1 = athena_exchange_halves(t1);
     const __m256i x2 = athena_exchange_halves(t2);
-    __m256i w1 = _mm256_setzero_si256(); // the last window and the one before it
-    __m256i w0 = w1;
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i w0 = carry->v[0]; // the last window and the one before it
+    __m256i w1 = carry->v[1];
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a2)) {
         const block_a2 * b = (const block_a2 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int v = 0; v < 2; v++) {
@@ -127,27 +186,27 @@ static inline float athena_dot_a2_avx2(int n, const uint8_t * x, const block_q8_
             const __m256i s1 = ATHENA_SHIFT_RIGHT(a, 0, 15);
             const __m256i s2 = ATHENA_SHIFT_RIGHT(a, 2, 15);
             const __m256i s3 = ATHENA_SHIFT_RIGHT(a, 4, 15);
-            const __m256i d0 = athena_dot_group(athena_sums(x1, t2, s0, w1), athena_sums(t1, t2, s1, w0), &y[2*v]);
-            const __m256i d1 = athena_dot_group(athena_sums(t1, x2, s2, s0), athena_sums(t1, t2, s3, s1), &y[2*v + 1]);
-            acc.even = athena_add_group(acc.even, d0, b->scales[2*v], &y[2*v]);
-            acc.odd  = athena_add_group(acc.odd, d1, b->scales[2*v + 1], &y[2*v + 1]);
+            athena_group(sink, 0, athena_sums(x1, t2, s0, w1), athena_sums(t1, t2, s1, w0), b->scales[2*v]);
+            athena_group(sink, 1, athena_sums(t1, x2, s2, s0), athena_sums(t1, t2, s3, s1), b->scales[2*v + 1]);
+            athena_advance(sink, 2);
             w1 = s2;
             w0 = s3;
         }
     }
+    carry->v[0] = w0; // a tail ends its row: nothing is carried from there
+    carry->v[1] = w1;
     // a tail block ends with a window whose predecessor has its halves exchanged: its entries are kept instead
     __m256i e1 = _mm256_shuffle_epi8(t2, w1);
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a2_tail), y++) {
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a2_tail)) {
         const block_a2_tail * b = (const block_a2_tail *) x;
         const __m256i a  = athena_tail_pairs(b->pairs);
         const __m256i s0 = athena_first_window_a2(a, w0);
         const __m256i u0 = _mm256_add_epi8(_mm256_shuffle_epi8(x1, s0), e1);
-        const __m256i d  = athena_dot_group(u0, athena_sums(t1, t2, a, w0), y);
-        acc.even = athena_add_group(acc.even, d, b->scale, y);
+        athena_group(sink, 0, u0, athena_sums(t1, t2, a, w0), b->scale);
+        athena_advance(sink, 1);
         e1 = _mm256_shuffle_epi8(x2, s0);
         w0 = a;
     }
-    return athena_total(acc);
 }
 
 // A3: a window is the symbol's upper two bits, its lowest bit, and the lowest bit of the symbol before it. The upper bits of
@@ -166,16 +225,15 @@ static inline __m256i athena_first_bits_a3(__m256i low, __m256i last) {
     return _mm256_or_si256(ATHENA_SHIFT_LEFT(low, 3, 8), last);
 }
 
-static inline float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a3_avx2(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const __m256i t1 = athena_load_table(athena_tables_a3.t1);
     const __m256i t2 = athena_load_table(athena_tables_a3.t2);
     const __m256i x1 = athena_exchange_halves(t1);
     const __m256i x2 = athena_exchange_halves(t2);
-    __m256i last = _mm256_setzero_si256(); // the lowest bit of the last symbol in bit 2, and the last window
-    __m256i w    = last;
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i last = carry->v[0]; // the lowest bit of the last symbol in bit 2, and the last window
+    __m256i w    = carry->v[1];
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a3)) {
         const block_a3 * b = (const block_a3 *) x;
         athena_prefetch(x, sizeof(*b));
         const __m256i a   = athena_load(b->high[0]);
@@ -195,62 +253,64 @@ static inline float athena_dot_a3_avx2(int n, const uint8_t * x, const block_q8_
         const __m256i s5 = athena_odd_window_a3 (c,  _mm256_srli_epi16(low25, 4));
         const __m256i s6 = athena_even_window_a3(c4, _mm256_srli_epi16(low16, 3));
         const __m256i s7 = athena_odd_window_a3 (c4, _mm256_srli_epi16(low37, 6));
-        const __m256i d0 = athena_dot_group(athena_sums(x1, t2, s0, w),  athena_sums(t1, x2, s1, s0), &y[0]);
-        const __m256i d1 = athena_dot_group(athena_sums(x1, t2, s2, s1), athena_sums(t1, x2, s3, s2), &y[1]);
-        const __m256i d2 = athena_dot_group(athena_sums(x1, t2, s4, s3), athena_sums(t1, x2, s5, s4), &y[2]);
-        const __m256i d3 = athena_dot_group(athena_sums(x1, t2, s6, s5), athena_sums(t1, x2, s7, s6), &y[3]);
-        acc.even = athena_add_group(acc.even, d0, b->scales[0], &y[0]);
-        acc.odd  = athena_add_group(acc.odd,  d1, b->scales[1], &y[1]);
-        acc.even = athena_add_group(acc.even, d2, b->scales[2], &y[2]);
-        acc.odd  = athena_add_group(acc.odd,  d3, b->scales[3], &y[3]);
+        athena_group(sink, 0, athena_sums(x1, t2, s0, w),  athena_sums(t1, x2, s1, s0), b->scales[0]);
+        athena_group(sink, 1, athena_sums(x1, t2, s2, s1), athena_sums(t1, x2, s3, s2), b->scales[1]);
+        athena_group(sink, 2, athena_sums(x1, t2, s4, s3), athena_sums(t1, x2, s5, s4), b->scales[2]);
+        athena_group(sink, 3, athena_sums(x1, t2, s6, s5), athena_sums(t1, x2, s7, s6), b->scales[3]);
+        athena_advance(sink, 4);
         w    = s7;
         last = ATHENA_SHIFT_RIGHT(low, 5, 4);
     }
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a3_tail), y++) {
+    carry->v[0] = last;
+    carry->v[1] = w;
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a3_tail)) {
         const block_a3_tail * b = (const block_a3_tail *) x;
         const __m256i a   = athena_tail_pairs(b->high);
         const __m256i low = athena_tail_bits(b->low);
         const __m256i s0  = athena_even_window_a3(a, athena_first_bits_a3(low, last));
         const __m256i s1  = athena_odd_window_a3(a, low);
-        const __m256i d   = athena_dot_group(athena_sums(x1, t2, s0, w), athena_sums(t1, x2, s1, s0), y);
-        acc.even = athena_add_group(acc.even, d, b->scale, y);
+        athena_group(sink, 0, athena_sums(x1, t2, s0, w), athena_sums(t1, x2, s1, s0), b->scale);
+        athena_advance(sink, 1);
         w    = s1;
         last = ATHENA_SHIFT_LEFT(low, 1, 4);
     }
-    return athena_total(acc);
 }
 
 // A4: a window is a symbol, a byte holds two of them. Advances w, the last window.
-static inline __m256i athena_dot_nibbles_a4(const uint8_t nibbles[32], __m256i t1, __m256i t2, __m256i * w, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_nibbles_a4(athena_sink * sink, int g, const uint8_t nibbles[32], uint8_t code, __m256i t1, __m256i t2, __m256i * w) {
     const __m256i v  = athena_load(nibbles);
     const __m256i s0 = ATHENA_SHIFT_RIGHT(v, 0, 15);
     const __m256i s1 = ATHENA_SHIFT_RIGHT(v, 4, 15);
-    const __m256i d  = athena_dot_group(athena_sums(t1, t2, s0, *w), athena_sums(t1, t2, s1, s0), y);
+    athena_group(sink, g, athena_sums(t1, t2, s0, *w), athena_sums(t1, t2, s1, s0), code);
     *w = s1;
-    return d;
 }
 
-static inline float athena_dot_a4_avx2(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a4_avx2(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const __m256i t1 = athena_load_table(athena_tables_a4.t1);
     const __m256i t2 = athena_load_table(athena_tables_a4.t2);
-    __m256i w = _mm256_setzero_si256();
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i w = carry->v[0];
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a4)) {
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
-        for (int g = 0; g < 4; g += 2) {
-            const __m256i d0 = athena_dot_nibbles_a4(b->nibbles[g],     t1, t2, &w, &y[g]);
-            const __m256i d1 = athena_dot_nibbles_a4(b->nibbles[g + 1], t1, t2, &w, &y[g + 1]);
-            acc.even = athena_add_group(acc.even, d0, b->scales[g],     &y[g]);
-            acc.odd  = athena_add_group(acc.odd,  d1, b->scales[g + 1], &y[g + 1]);
-        }
+        athena_nibbles_a4(sink, 0, b->nibbles[0], b->scales[0], t1, t2, &w);
+        athena_nibbles_a4(sink, 1, b->nibbles[1], b->scales[1], t1, t2, &w);
+        athena_nibbles_a4(sink, 2, b->nibbles[2], b->scales[2], t1, t2, &w);
+        athena_nibbles_a4(sink, 3, b->nibbles[3], b->scales[3], t1, t2, &w);
+        athena_advance(sink, 4);
     }
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
+    carry->v[0] = w;
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a4_tail)) {
         const block_a4_tail * b = (const block_a4_tail *) x;
-        acc.even = athena_add_group(acc.even, athena_dot_nibbles_a4(b->nibbles, t1, t2, &w, y), b->scale, y);
+        athena_nibbles_a4(sink, 0, b->nibbles, b->scale, t1, t2, &w);
+        athena_advance(sink, 1);
     }
-    return athena_total(acc);
+}
+
+// What is carried into the beginning of a row.
+static inline athena_carry athena_row_start_avx2(void) {
+    const athena_carry carry = { { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() } };
+    return carry;
 }
 
 // The largest of eight integers.
@@ -278,7 +338,7 @@ static inline __m256i athena_round32(const float * x, __m256 scale) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); // packing works by halves
 }
 
-static void athena_quantize_q8_a64_avx2(const float * x, block_q8_a64 * y, int64_t k) {
+static inline void athena_quantize_q8_a64_avx2(const float * x, block_q8_a64 * y, int64_t k) {
     assert(k % ATHENA_GROUP == 0);
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     const __m256i ones = _mm256_set1_epi8(1);

@@ -1,4 +1,4 @@
-// Dot products of A2, A3 and A4 rows for AVX-512 VBMI, in vectors of 32 lanes as in athena-avx2.h.
+// Decoders of A2, A3 and A4 rows for AVX-512 VBMI, in vectors of 32 lanes as in athena-avx2.h.
 //
 // A byte permutation of 32 entries reads the low five bits of an index and ignores the others. So the 4-bit windows need
 // no masks, and since they may lie at different places in those five bits (the tables are rearranged to match), most of
@@ -46,16 +46,15 @@ static inline __m256i athena_step(const athena_pair * p, __m256i window, __m256i
 }
 
 // A2. A byte and its shifts by 2 and 4 hold three windows; the halves of the first one are in two bytes.
-static inline float athena_dot_a2_avx512(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a2_avx512(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const athena_pair plain     = athena_rearrange(&athena_tables_a2, ATHENA_BYTES32(ATHENA_LAYOUT_A));
     const athena_pair exchanged = athena_rearrange(&athena_tables_a2, ATHENA_BYTES32(ATHENA_LAYOUT_C));
     const __m256i before = _mm256_set1_epi8(12);
-    __m256i last = _mm256_setzero_si256(); // the last symbol in bits 2 and 3
-    __m256i e0 = _mm256_set1_epi8((char) athena_tables_a2.t2[0]); // for the next step and the one after it
-    __m256i e1 = e0;
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i last = carry->v[0]; // the last symbol in bits 2 and 3
+    __m256i e0   = carry->v[1]; // for the next step and the one after it
+    __m256i e1   = carry->v[2];
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a2), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a2)) {
         const block_a2 * b = (const block_a2 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int v = 0; v < 2; v++) {
@@ -65,24 +64,28 @@ static inline float athena_dot_a2_avx512(int n, const uint8_t * x, const block_q
             const __m256i u1 = athena_step(&plain, a, e1, &e1);
             const __m256i u2 = athena_step(&plain, _mm256_srli_epi16(a, 2), e0, &e0);
             const __m256i u3 = athena_step(&plain, a4, e1, &e1);
-            acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, &y[2*v]), b->scales[2*v], &y[2*v]);
-            acc.odd  = athena_add_group(acc.odd, athena_dot_group(u2, u3, &y[2*v + 1]), b->scales[2*v + 1], &y[2*v + 1]);
+            athena_group(sink, 0, u0, u1, b->scales[2*v]);
+            athena_group(sink, 1, u2, u3, b->scales[2*v + 1]);
+            athena_advance(sink, 2);
             last = a4;
         }
     }
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a2_tail), y++) {
+    carry->v[0] = last; // a tail ends its row: nothing is carried from there
+    carry->v[1] = e0;
+    carry->v[2] = e1;
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a2_tail)) {
         const block_a2_tail * b = (const block_a2_tail *) x;
         const __m256i a  = athena_tail_pairs(b->pairs);
         const __m256i u0 = athena_step(&exchanged, athena_select(before, last, a), e0, &e0);
         const __m256i u1 = athena_step(&plain, a, e1, &e1);
-        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, y), b->scale, y);
+        athena_group(sink, 0, u0, u1, b->scale);
+        athena_advance(sink, 1);
         last = a;
     }
-    return athena_total(acc);
 }
 
 // A3. The upper half of a window comes from the bytes of the upper bits, the lower one from those of the lowest bits.
-static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a3_avx512(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const athena_pair pa = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_A));
     const athena_pair pb = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_B));
     const athena_pair pc = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_C));
@@ -91,11 +94,10 @@ static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q
     const __m256i upper_b  = _mm256_set1_epi8(0x18);
     const __m256i upper_cd = _mm256_set1_epi8(0x03);
     const __m256i before   = _mm256_set1_epi8(0x08); // where layout D has the bit of the symbol before
-    __m256i last = _mm256_setzero_si256(); // the lowest bit of the last symbol in bit 3
-    __m256i e = _mm256_set1_epi8((char) athena_tables_a3.t2[0]); // for the next step
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i last = carry->v[0]; // the lowest bit of the last symbol in bit 3
+    __m256i e    = carry->v[1]; // for the next step
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a3), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a3)) {
         const block_a3 * b = (const block_a3 *) x;
         athena_prefetch(x, sizeof(*b));
         const __m256i a    = athena_load(b->high[0]);
@@ -111,53 +113,71 @@ static inline float athena_dot_a3_avx512(int n, const uint8_t * x, const block_q
         const __m256i u5 = athena_step(&pa, athena_select(upper_a,  c, low4), e, &e);
         const __m256i u6 = athena_step(&pb, athena_select(upper_b,  _mm256_srli_epi16(c, 1), low4), e, &e);
         const __m256i u7 = athena_step(&pc, athena_select(upper_cd, _mm256_srli_epi16(c, 6), low4), e, &e);
-        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, &y[0]), b->scales[0], &y[0]);
-        acc.odd  = athena_add_group(acc.odd, athena_dot_group(u2, u3, &y[1]), b->scales[1], &y[1]);
-        acc.even = athena_add_group(acc.even, athena_dot_group(u4, u5, &y[2]), b->scales[2], &y[2]);
-        acc.odd  = athena_add_group(acc.odd, athena_dot_group(u6, u7, &y[3]), b->scales[3], &y[3]);
+        athena_group(sink, 0, u0, u1, b->scales[0]);
+        athena_group(sink, 1, u2, u3, b->scales[1]);
+        athena_group(sink, 2, u4, u5, b->scales[2]);
+        athena_group(sink, 3, u6, u7, b->scales[3]);
+        athena_advance(sink, 4);
         last = low4;
     }
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a3_tail), y++) {
+    carry->v[0] = last;
+    carry->v[1] = e;
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a3_tail)) {
         const block_a3_tail * b = (const block_a3_tail *) x;
         const __m256i a    = athena_tail_pairs(b->high);
         const __m256i low  = athena_tail_bits(b->low);
         const __m256i bits = athena_select(before, last, _mm256_slli_epi16(low, 4));
         const __m256i u0 = athena_step(&pd, athena_select(upper_cd, a, bits), e, &e);
         const __m256i u1 = athena_step(&pa, athena_select(upper_a,  a, low),  e, &e);
-        acc.even = athena_add_group(acc.even, athena_dot_group(u0, u1, y), b->scale, y);
+        athena_group(sink, 0, u0, u1, b->scale);
+        athena_advance(sink, 1);
         last = _mm256_slli_epi16(low, 2);
     }
-    return athena_total(acc);
 }
 
 // A4. Advances e, the second table's entries for the next step.
-static inline __m256i athena_dot_nibbles_avx512(const uint8_t nibbles[32], const athena_pair * p, __m256i * e, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_nibbles_avx512(athena_sink * sink, int g, const uint8_t nibbles[32], uint8_t code, const athena_pair * p, __m256i * e) {
     const __m256i v  = athena_load(nibbles);
     const __m256i u0 = athena_step(p, v, *e, e);
     const __m256i u1 = athena_step(p, _mm256_srli_epi16(v, 4), *e, e);
-    return athena_dot_group(u0, u1, y);
+    athena_group(sink, g, u0, u1, code);
 }
 
-static inline float athena_dot_a4_avx512(int n, const uint8_t * x, const block_q8_a64 * y) {
+static ATHENA_INLINE void athena_row_a4_avx512(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const athena_pair p = athena_rearrange(&athena_tables_a4, ATHENA_BYTES32(ATHENA_LAYOUT_A));
-    __m256i e = _mm256_set1_epi8((char) athena_tables_a4.t2[0]);
-    athena_acc acc = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i e = carry->v[1];
     int i = 0;
-    for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += sizeof(block_a4), y += 4) {
+    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a4)) {
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
-        for (int g = 0; g < 4; g += 2) {
-            const __m256i d0 = athena_dot_nibbles_avx512(b->nibbles[g],     &p, &e, &y[g]);
-            const __m256i d1 = athena_dot_nibbles_avx512(b->nibbles[g + 1], &p, &e, &y[g + 1]);
-            acc.even = athena_add_group(acc.even, d0, b->scales[g],     &y[g]);
-            acc.odd  = athena_add_group(acc.odd,  d1, b->scales[g + 1], &y[g + 1]);
-        }
+        athena_nibbles_avx512(sink, 0, b->nibbles[0], b->scales[0], &p, &e);
+        athena_nibbles_avx512(sink, 1, b->nibbles[1], b->scales[1], &p, &e);
+        athena_nibbles_avx512(sink, 2, b->nibbles[2], b->scales[2], &p, &e);
+        athena_nibbles_avx512(sink, 3, b->nibbles[3], b->scales[3], &p, &e);
+        athena_advance(sink, 4);
     }
-    for (; i < n; i += ATHENA_GROUP, x += sizeof(block_a4_tail), y++) {
+    carry->v[1] = e;
+    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a4_tail)) {
         const block_a4_tail * b = (const block_a4_tail *) x;
-        acc.even = athena_add_group(acc.even, athena_dot_nibbles_avx512(b->nibbles, &p, &e, y), b->scale, y);
+        athena_nibbles_avx512(sink, 0, b->nibbles, b->scale, &p, &e);
+        athena_advance(sink, 1);
     }
-    return athena_total(acc);
 }
 
+// What is carried into the beginning of a row: the last symbols are 0, the delayed entries those of window 0.
+static ATHENA_INLINE athena_carry athena_row_start_avx512(const athena_tables * tables) {
+    const __m256i e = _mm256_set1_epi8((char) tables->t2[0]);
+    const athena_carry carry = { { _mm256_setzero_si256(), e, e } };
+    return carry;
+}
+
+#endif
+
+// The decoder of a type for this build, and what it starts a row with.
+#if defined(ATHENA_HAVE_AVX512)
+#define ATHENA_ROW(type)       athena_row_##type##_avx512
+#define ATHENA_ROW_START(type) athena_row_start_avx512(&athena_tables_##type)
+#else
+#define ATHENA_ROW(type)       athena_row_##type##_avx2
+#define ATHENA_ROW_START(type) athena_row_start_avx2()
 #endif

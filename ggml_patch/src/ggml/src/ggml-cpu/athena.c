@@ -44,26 +44,18 @@ void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, c
 
 #if defined(ATHENA_HAVE_AVX2)
 
-#if defined(ATHENA_HAVE_AVX512)
-#define ATHENA_DOT(type) athena_dot_##type##_avx512
-#else
-#define ATHENA_DOT(type) athena_dot_##type##_avx2
-#endif
+#define ATHENA_DEFINE_DOT(type) \
+    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
+        ATHENA_UNUSED_STRIDES; \
+        athena_carry carry = ATHENA_ROW_START(type); \
+        athena_sink  sink  = athena_dot_sink(vy); \
+        ATHENA_ROW(type)(n, vx, &carry, &sink); \
+        *s = athena_total(&sink); \
+    }
 
-void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-    ATHENA_UNUSED_STRIDES;
-    *s = ATHENA_DOT(a2)(n, vx, vy);
-}
-
-void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-    ATHENA_UNUSED_STRIDES;
-    *s = ATHENA_DOT(a3)(n, vx, vy);
-}
-
-void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-    ATHENA_UNUSED_STRIDES;
-    *s = ATHENA_DOT(a4)(n, vx, vy);
-}
+ATHENA_DEFINE_DOT(a2)
+ATHENA_DEFINE_DOT(a3)
+ATHENA_DEFINE_DOT(a4)
 
 void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
     athena_quantize_q8_a64_avx2(x, y, k);
