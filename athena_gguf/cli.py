@@ -89,7 +89,32 @@ def runtime_path(folder: RuntimeDir = None) -> None:
 def convert(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
-    type_name: Annotated[str, typer.Option("--type", help="A2, A3 or A4.")] = "A3",
+    type_name: Annotated[
+        str | None, typer.Option("--type", help="A2, A3 or A4 for all linear layers. [default: A3, without a target]")
+    ] = None,
+    bpw: Annotated[
+        float | None, typer.Option("--bpw", help="Target: bits a weight over all tensors, such as 3.4.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Target: size of the whole file, such as 5.5GiB or 800MB.")
+    ] = None,
+    fit_memory: Annotated[
+        str | None,
+        typer.Option("--fit-memory", help="Target: memory to run in, such as 8GiB: the file, a KV cache and a margin."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens of the KV cache of --fit-memory. [default: 4096]")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="Target by name, in bits a weight over all: tiny 2.5, small 3, medium 3.5, large 4.25, best 5.5.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print each tensor's type, the file's exact size and predicted KLD only.")
+    ] = False,
     calibration: Annotated[
         list[str] | None,
         typer.Option("--calibration", metavar="FILE|self", help="Text to calibrate on; repeatable. [default: self]"),
@@ -97,7 +122,10 @@ def convert(
     calibration_tokens: Annotated[
         int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on.")
     ] = None,
-    embedding_type: Annotated[str, typer.Option("--embedding-type", help="Type of the embeddings.")] = "Q8_0",
+    embedding_type: Annotated[
+        str | None,
+        typer.Option("--embedding-type", help="Type of the embeddings. [default: Q8_0; with a target, what suits it]"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
     work_dir: Annotated[Path | None, typer.Option("--work-dir", help="Folder for intermediate files.")] = None,
@@ -111,6 +139,12 @@ def convert(
     keep_freed_memory()
     options = ConvertOptions(
         type=type_name,
+        bpw=bpw,
+        size=size,
+        fit_memory=fit_memory,
+        context=context,
+        preset=preset,
+        dry_run=dry_run,
         calibration=tuple(calibration or ("self",)),
         calibration_tokens=calibration_tokens,
         embedding_type=embedding_type,

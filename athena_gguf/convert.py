@@ -1,6 +1,7 @@
 """`athena-gguf convert`: a model directory becomes a GGUF file of A-type tensors (docs/method.md).
 
-The pipeline, top to bottom: base file, plan, calibration tokens, curvature, encoding, writing, summary.
+The pipeline, top to bottom: base file, plan, calibration tokens, curvature, allocation of types where a size is asked
+for, encoding, writing, summary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.lock import locked
 
 if TYPE_CHECKING:
+    from athena_gguf.allocate import Target
     from athena_gguf.calibration import Curvature
+    from athena_gguf.calibration.store import Calibration
     from athena_gguf.model import LinearLayer
 
 CALIBRATION_TOKENS = 98_304
@@ -30,17 +33,26 @@ IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger t
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """`calibration`: text files, or "self" for text that the model writes itself. `work_dir` keeps the base file and
-    the curvature for further conversions of the same model; `base` is a base file made before."""
+    """`type`: of all linear layers, A3 if no target is given. Targets, of which there can be one: `bpw`, bits a weight;
+    `size` of the file; `fit_memory` with `context` tokens; `preset` (athena_gguf.allocate.target). `embedding_type`:
+    None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
+    `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base file
+    made before. `dry_run`: print the plan and write no result."""
 
-    type: str = "A3"
+    type: str | None = None
+    bpw: float | None = None
+    size: str | None = None
+    fit_memory: str | None = None
+    context: int | None = None
+    preset: str | None = None
     calibration: tuple[str, ...] = ("self",)
     calibration_tokens: int | None = None
-    embedding_type: str = "Q8_0"
+    embedding_type: str | None = None
     device: str = "auto"
     seed: int = 0
     work_dir: Path | None = None
     base: Path | None = None
+    dry_run: bool = False
 
 
 @dataclass
@@ -63,27 +75,49 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
     """
     from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
-    from athena_gguf.summary import print_summary
+    from athena_gguf.summary import print_plan, print_summary
 
     model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
-    device = _check(out, options)
+    target, device = _target(options), _check(out, options)
     options = replace(options, device=device.type)
+    if target is None:
+        options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
     stages = Stages()
     with _work_dir(options, out) as work:
         with stages.timed("base file"):
             base_path = _base_file(model_dir, work, options)
         with stages.timed("check"):
             plan = make_plan(base_path, options.type, options.embedding_type)
-            require_space(out.parent, predicted_bytes(base_path, plan), str(out))
+            if not options.dry_run:
+                require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
-        curvatures = _curvatures(model_dir, plan, base_path, work, device, options, stages)
+        measured = _calibration(model_dir, plan, base_path, work, device, options, stages)
+        curvatures = measured.curvatures
         for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
             plan.keep_standard(name, "no linear layer of the model feeds it")
+        metadata = _metadata(curvatures, options, target)
+        if target is not None or options.dry_run:
+            with stages.timed("allocation"):
+                metadata |= _allocate(base_path, plan, measured, target, metadata, work, options)
+        if options.dry_run:
+            print_plan(base_path, plan, metadata)
+            return
         with stages.timed("encoding"):
             encoded = _encode(base_path, plan, curvatures, options)
         with stages.timed("writing"):
-            _write(base_path, out, plan, encoded, curvatures, options)
+            _write(base_path, out, plan, encoded, metadata)
     print_summary(out, plan, encoded, curvatures, stages.seconds)
+
+
+def _target(options: ConvertOptions) -> Target | None:
+    from athena_gguf.allocate import parse_target
+
+    target = parse_target(options.bpw, options.size, options.fit_memory, options.context, options.preset)
+    if target is not None and options.type is not None:
+        raise AthenaError(
+            f"--type {options.type} gives every linear layer one type, and {target.option} chooses; give one"
+        )
+    return target
 
 
 def _check(out: Path, options: ConvertOptions) -> Any:
@@ -93,9 +127,9 @@ def _check(out: Path, options: ConvertOptions) -> Any:
     from athena_gguf.format import TYPES
     from athena_gguf.gguf_file.standard import STANDARD_TYPES
 
-    if options.type not in TYPES:
+    if options.type not in (None, *TYPES):
         raise AthenaError(f"--type {options.type}: choose from {', '.join(TYPES)}")
-    if options.embedding_type not in (*STANDARD_TYPES, *TYPES):
+    if options.embedding_type not in (None, *STANDARD_TYPES, *TYPES):
         raise AthenaError(
             f"--embedding-type {options.embedding_type}: choose from {', '.join((*STANDARD_TYPES, *TYPES))}"
         )
@@ -157,13 +191,13 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
     return path
 
 
-def _curvatures(
+def _calibration(
     model_dir: Path, plan: Any, base_path: Path, work: Path, device: Any, options: ConvertOptions, stages: Stages
-) -> list[Curvature]:
+) -> Calibration:
     """The curvature of every input of the planned layers, from the work directory if it was measured before."""
     import torch
 
-    from athena_gguf.calibration import measure_curvature, store
+    from athena_gguf.calibration import Lookup, measure_curvature, store
     from athena_gguf.model import load_model
 
     tokens = options.calibration_tokens or CALIBRATION_TOKENS
@@ -179,26 +213,28 @@ def _curvatures(
         return kept
     model = load_model(model_dir, device, torch.float32)
     layers = _layers(model, plan, base_path, options.base is not None)
-    with _bfloat16_products():
-        with stages.timed("calibration text"):
-            windows = _windows(model_dir, model, tokens, options)
-        batch = 2 if device.type == "cpu" else 16
-        with stages.timed("curvature"), progress.bar("curvature of the loss", windows.numel()) as advance:
-            try:
-                curvatures = measure_curvature(model, layers, windows, batch, advance=advance)
-            except torch.OutOfMemoryError as error:
-                raise AthenaError(
-                    f"{model_dir}: the GPU's memory is too small to measure the curvature: {error}; use --device cpu"
-                ) from error
+    lookup = Lookup()
+    with stages.timed("calibration text"):
+        windows = _windows(model_dir, model, tokens, options)
+    batch = 2 if device.type == "cpu" else 16
+    bar = progress.bar("curvature of the loss", windows.numel())
+    with _bfloat16_products(), stages.timed("curvature"), bar as advance:
+        try:
+            curvatures = measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
+        except torch.OutOfMemoryError as error:
+            raise AthenaError(
+                f"{model_dir}: the GPU's memory is too small to measure the curvature: {error}; use --device cpu"
+            ) from error
+    measured = store.Calibration(key, curvatures, lookup)
     if options.work_dir is not None:
-        store.save(path, key, curvatures)
-    return curvatures
+        store.save(path, measured)
+    return measured
 
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and curvature
-    does not need more (docs/quality.md). Encoding does, so this ends with the block."""
+    """Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and accurate
+    enough for a sum over many tokens. Not for encoding, nor for single tokens, whose products take gigabytes then."""
     import torch
 
     before = torch.get_float32_matmul_precision()
@@ -217,7 +253,7 @@ def _layers(model: Any, plan: Any, base_path: Path, given: bool) -> list[LinearL
     for name, what in differences.items():
         if given:
             raise AthenaError(f"{base_path}: tensor {name} {what}; give the base file of this model")
-        if name in plan.encoded:
+        if name in plan.fitting:
             plan.keep_standard(name, f"llama.cpp's converter rearranges it: it {what}")
     layers = [
         layer for layer in linear_layers(model, plan.architecture, plan.shapes) if layer.tensor_name in plan.curved
@@ -255,6 +291,27 @@ def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) 
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _allocate(
+    base_path: Path,
+    plan: Any,
+    measured: Calibration,
+    target: Target | None,
+    metadata: dict[str, Any],
+    work: Path,
+    options: ConvertOptions,
+) -> dict[str, Any]:
+    """Choose the types of the plan's free tensors for the target; returns what the file says of it."""
+    from athena_gguf.allocate import choose_types, kept_losses, predicted_kld
+    from athena_gguf.encode import EncodeOptions
+
+    losses = kept_losses(
+        work if options.work_dir else None, base_path, plan, measured, EncodeOptions(), cores(), options.seed
+    )
+    if target is not None:
+        choose_types(base_path, plan, losses, target, metadata | {"athena.predicted_kld": 0.0})
+    return {"athena.predicted_kld": predicted_kld(plan, losses)}
 
 
 def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
@@ -307,20 +364,17 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
     return done
 
 
-def _write(
-    base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], curvatures: list[Curvature], options: ConvertOptions
-) -> None:
-    from athena_gguf.format import TYPES
+def _write(base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], metadata: dict[str, Any]) -> None:
     from athena_gguf.gguf_file import Replacement, write_quantized
-    from athena_gguf.plan import standard_replacements
+    from athena_gguf.plan import file_type, standard_replacements
 
     changed = standard_replacements(base_path, plan)
     for name, result in encoded.items():
         changed[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
-    write_quantized(base_path, out, changed, _metadata(curvatures, options), file_type=TYPES[options.type].file_type)
+    write_quantized(base_path, out, changed, metadata, file_type=file_type(plan))
 
 
-def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
+def _metadata(curvatures: list[Curvature], options: ConvertOptions, target: Target | None) -> dict[str, Any]:
     """The settings and versions that made a file; nothing in it depends on the clock or a path's folder."""
     from importlib.metadata import version
 
@@ -329,11 +383,15 @@ def _metadata(curvatures: list[Curvature], options: ConvertOptions) -> dict[str,
     from athena_gguf.format import FORMAT_VERSION
 
     settings = EncodeOptions()
+    kinds = {"athena.type": options.type or "mixed"}
+    if target is not None:
+        kinds["athena.target"] = target.name
+    if options.embedding_type is not None:
+        kinds["athena.embedding_type"] = options.embedding_type
     return {
         "athena.format_version": FORMAT_VERSION,
         "athena.version": __version__,
-        "athena.type": options.type,
-        "athena.embedding_type": options.embedding_type,
+        **kinds,
         "athena.calibration": [name if name == "self" else Path(name).name for name in options.calibration],
         "athena.calibration_tokens": curvatures[0].tokens,
         "athena.calibration_window": WINDOW,

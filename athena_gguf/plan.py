@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,50 @@ _CHUNK = 1 << 24  # elements looked at in one go
 @dataclass
 class Plan:
     """`encoded`: tensors that become A types, name to type; `standard`: those that become a standard type; all others
-    stay as they are. `curved`: those of `encoded` whose curvature is measured. `shapes`: of every matrix."""
+    stay as they are. `shapes`, `stored`: shape and type of every matrix in the base file. `fitting`: those that can be
+    A types, `curved`: those of them whose curvature is measured. `free`: tensors whose type is still to be chosen for
+    a target; the one that they have until then means nothing."""
 
     architecture: str
     shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, str]
     encoded: dict[str, str] = field(default_factory=dict)
     standard: dict[str, str] = field(default_factory=dict)
+    fitting: set[str] = field(default_factory=set)
     curved: set[str] = field(default_factory=set)
+    free: set[str] = field(default_factory=set)
 
     def elements(self, name: str) -> int:
         return int(np.prod(self.shapes[name]))
 
     def keep_standard(self, name: str, reason: str) -> None:
-        """Take a tensor out of the encoding, and say so."""
-        self.encoded.pop(name, None)
+        """No A type for this tensor; says so if it was to have one."""
+        self.fitting.discard(name)
         self.curved.discard(name)
+        if self.encoded.pop(name, None) is None:
+            return
         kind = "Q8_0" if self.shapes[name][-1] % _BLOCK == 0 else "F16"
         self.standard[name] = kind
-        progress.note(f"warning: {name} {list(self.shapes[name])} becomes {kind}: {reason}")
+        what = "cannot be an A type" if name in self.free else f"becomes {kind}"
+        progress.note(f"warning: {name} {list(self.shapes[name])} {what}: {reason}")
+
+    def set_type(self, name: str, kind: str) -> None:
+        self.free.discard(name)
+        self.encoded.pop(name, None)
+        self.standard.pop(name, None)
+        if kind in TYPES:
+            self.encoded[name] = kind
+        elif kind != self.stored[name]:
+            self.standard[name] = kind
+
+    def kind(self, name: str) -> str:
+        """The type that a matrix gets."""
+        return self.encoded.get(name) or self.standard.get(name) or self.stored[name]
 
 
-def make_plan(base_path: Path, type_name: str, embedding_type: str) -> Plan:
+def make_plan(base_path: Path, type_name: str | None, embedding_type: str | None) -> Plan:
     """Linear layers get `type_name`, embeddings and output `embedding_type`; what cannot be encoded a standard type.
+    With None for one of them, its tensors are free.
 
     Only what llama.cpp's converter wrote as BF16 or F16 is touched: norms, biases, routers and the like are F32.
     """
@@ -54,27 +77,38 @@ def make_plan(base_path: Path, type_name: str, embedding_type: str) -> Plan:
         architecture = str(base.metadata.get("general.architecture", ""))
         if base.metadata.get("split.count") not in (None, 0, 1):
             raise AthenaError(f"{base_path} is one part of a split file; join them with llama-gguf-split --merge first")
-        big = {t.name: t.shape for t in base if len(t.shape) > 1 and t.type_name in ("BF16", "F16")}
+        matrices = [t for t in base if len(t.shape) > 1 and t.type_name in ("BF16", "F16")]
+        big, stored = {t.name: t.shape for t in matrices}, {t.name: t.type_name for t in matrices}
     if not big:
         raise AthenaError(f"{base_path}: no BF16 or F16 matrix in it; give a base file made by `athena-gguf base`")
-    plan = Plan(architecture, big)
+    plan = Plan(architecture, big, stored)
     for name, shape in big.items():
-        kind = embedding_type if name in EMBEDDINGS else type_name
-        if kind not in TYPES:
-            if shape[-1] % _BLOCK and kind not in ("F32", "F16", "BF16"):
-                plan.keep_standard(name, f"its rows are no multiple of {_BLOCK}, as {kind} needs")
-            else:
-                plan.standard[name] = kind
+        wanted = embedding_type if name in EMBEDDINGS else type_name
+        kind = wanted or "A3"
+        if wanted is None:
+            plan.free.add(name)
+        if kind in TYPES:
+            plan.encoded[name] = kind
+        elif shape[-1] % _BLOCK and kind not in ("F32", "F16", "BF16"):
+            plan.encoded[name] = kind
+            plan.keep_standard(name, f"its rows are no multiple of {_BLOCK}, as {kind} needs")
             continue
-        plan.encoded[name] = kind
+        else:
+            plan.standard[name] = kind
+        plan.fitting.add(name)
         plan.curved.add(name)
         if shape[-1] % GROUP:
             plan.keep_standard(name, f"its row width is no multiple of {GROUP}")
         elif len(shape) > 2:
             plan.keep_standard(name, "experts are not encoded yet")
-        elif (name == "token_embd.weight" and "output.weight" in big) or name == "per_layer_token_embd.weight":
-            plan.curved.discard(name)  # only looked up, so its rows have no input to weight columns by
+        elif lookup_only(name, big):
+            plan.curved.discard(name)  # its rows have no input to weight columns by
     return plan
+
+
+def lookup_only(name: str, matrices: Container[str]) -> bool:
+    """Whether a tensor's rows are only looked up, and never multiplied with an input."""
+    return (name == "token_embd.weight" and "output.weight" in matrices) or name == "per_layer_token_embd.weight"
 
 
 def weight_count(model_dir: Path) -> int:
@@ -88,6 +122,19 @@ def weight_count(model_dir: Path) -> int:
         with safe_open(path, framework="numpy") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count
+
+
+def file_type(plan: Plan) -> int:
+    """`general.file_type`: that of the A type with most weights, or of the type with most where there is no A type."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for name in plan.encoded or plan.shapes:
+        weights[plan.kind(name)] += plan.elements(name)
+    kind = max(weights, key=lambda k: (weights[k], k))
+    if kind in TYPES:
+        return TYPES[kind].file_type
+    return int(gguf.LlamaFileType[f"ALL_{kind}" if kind == "F32" else f"MOSTLY_{kind}"])
 
 
 def predicted_bytes(base_path: Path, plan: Plan) -> int:

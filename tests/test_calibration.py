@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 
-from athena_gguf.calibration import measure_curvature, self_generated_windows, store, text_windows
+from athena_gguf.calibration import Lookup, measure_curvature, self_generated_windows, store, text_windows
+from athena_gguf.calibration import curvature as curvature_module
 from athena_gguf.errors import AthenaError
 from athena_gguf.model import LinearLayer, load_model, load_tokenizer
 
@@ -38,7 +39,7 @@ def windows():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 50, (5, 12)))
 
 
-def reference(model, layers, windows):
+def reference(model, layers, windows, cap):
     """Curvature of one input by definition: gradients of an added zero at every reader's output, in NumPy."""
     inputs, zeros = [], []
     handles = []
@@ -59,10 +60,15 @@ def reference(model, layers, windows):
     x = inputs[0].detach().double().numpy().reshape(-1, inputs[0].shape[-1])
     squares = sum(g.double().numpy().reshape(len(x), -1) ** 2 @ np.ones(g.shape[-1]) for g in gradients)
     u = np.sqrt(squares)
-    return (x * u[:, None]).T @ x / u.sum(), u.sum() ** 2 / (u**2).sum()
+    norms = [torch.linalg.vector_norm(g.double(), dim=-1).numpy() for g in gradients]  # [windows, length]
+    capped = [np.minimum(n[a : a + 2], cap * n[a : a + 2].mean()) for n in norms for a in (0, 2, 4)]
+    means = [sum(float((c**2).sum()) for c in capped[i : i + 3]) / len(x) for i in range(0, len(capped), 3)]
+    return (x * u[:, None]).T @ x / u.sum(), u.sum() ** 2 / (u**2).sum(), means
 
 
-def test_curvature_is_that_of_the_definition(model, layers, windows):
+@pytest.mark.parametrize("cap", [10, 1.1])
+def test_curvature_is_that_of_the_definition(cap, model, layers, windows, monkeypatch):
+    monkeypatch.setattr(curvature_module, "_CAP", cap)
     found = {c.tensor_names: c for c in measure_curvature(model, layers, windows, batch_windows=2)}
     blocks = ("model.layers.0.", "model.layers.1.")
     readers = (
@@ -74,10 +80,22 @@ def test_curvature_is_that_of_the_definition(model, layers, windows):
     assert set(found) == {tuple(block + name for name in names) for block in blocks for names in readers}
     by_name = {layer.tensor_name: layer for layer in layers}
     for names, curvature in found.items():
-        matrix, effective = reference(model, [by_name[n] for n in names], windows)
+        matrix, effective, squares = reference(model, [by_name[n] for n in names], windows, cap)
         assert curvature.tokens == windows.numel()
         assert curvature.effective_tokens == pytest.approx(effective, rel=1e-4)
+        assert curvature.gradient_squares == pytest.approx(squares, rel=1e-4)
         np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
+
+
+def test_power_of_looked_up_rows_is_that_of_the_definition(model, layers, windows):
+    rows = model.model.embed_tokens(windows).clone().requires_grad_(True)
+    logits = model(inputs_embeds=rows).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, rows)
+    products = gradient.double().square().sum(-1) * rows.detach().double().square().sum(-1)
+    lookup = Lookup()
+    measure_curvature(model, layers, windows, batch_windows=2, lookup=lookup)
+    assert lookup.power == pytest.approx(float(products.mean()), rel=1e-4)
 
 
 def test_layers_that_run_twice_or_never_get_no_curvature(model, layers, windows):
@@ -155,11 +173,15 @@ def test_the_model_writes_its_own_text(tiny_model):
 def test_kept_curvature_is_found_again_only_under_its_key(model, layers, windows, tmp_path):
     path = tmp_path / "curvature.pt"
     assert store.load(path, "a") is None
-    measured = measure_curvature(model, layers, windows, 5)
-    store.save(path, "a", measured)
+    lookup = Lookup()
+    measured = measure_curvature(model, layers, windows, 5, lookup=lookup)
+    store.save(path, store.Calibration("a", measured, lookup))
     assert store.load(path, "b") is None
-    for got, want in zip(store.load(path, "a"), measured, strict=True):
-        assert got.tensor_names == want.tensor_names and got.effective_tokens == want.effective_tokens
+    kept = store.load(path, "a")
+    assert kept.lookup == lookup and lookup.power > 0
+    for got, want in zip(kept.curvatures, measured, strict=True):
+        assert got.tensor_names == want.tensor_names and got.gradient_squares == want.gradient_squares
+        assert got.effective_tokens == want.effective_tokens
         assert torch.equal(got.matrix, want.matrix)
     path.write_bytes(b"damaged")
     assert store.load(path, "a") is None

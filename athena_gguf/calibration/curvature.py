@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
@@ -21,6 +22,11 @@ from athena_gguf.model import LinearLayer
 
 if TYPE_CHECKING:
     import torch
+
+
+# A token's |g_t| counts in `gradient_squares` up to this many times the mean of its batch. The few attention sinks
+# beyond it own the mean of squares of value layers, but encoding puts next to no error on their few, large inputs.
+_CAP = 10.0
 
 
 @dataclass
@@ -31,6 +37,15 @@ class Curvature:
     tokens: int
     effective_tokens: float  # (sum u)^2 / sum u^2
     tensor_names: tuple[str, ...]  # that read this input
+    gradient_squares: tuple[float, ...]  # of each of them, at its own output: mean over tokens of |g_t|^2, capped
+
+
+@dataclass
+class Lookup:
+    """Of the rows that the token embeddings give. `power`: mean over tokens of |g_t|^2 |y_t|^2, y_t the row as the
+    model uses it and g_t the gradient of the token loss there; None until it is measured."""
+
+    power: float | None = None
 
 
 class _Input:
@@ -44,6 +59,7 @@ class _Input:
         self.sum_xx = torch.zeros(columns, columns, device=device)
         self.sum_u = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum_squares = torch.zeros(self.readers, dtype=torch.float64, device=device)
         self.tokens = 0
         self.clear()
 
@@ -52,8 +68,13 @@ class _Input:
         self.norms: Any = None
         self.arrived = 0
 
-    def gradient(self, g: torch.Tensor) -> None:
-        squares = g.detach().float().square().sum(-1).reshape(-1)
+    def gradient(self, reader: int, g: torch.Tensor) -> None:
+        import torch
+
+        # A norm makes no copy of the gradient, which at the output is as large as the logits.
+        norms = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).reshape(-1)
+        self.sum_squares[reader] += norms.minimum(_CAP * norms.mean()).double().square().sum()
+        squares = norms.square()
         self.norms = squares if self.norms is None else self.norms + squares
         self.arrived += 1
         if self.arrived == self.readers:
@@ -77,8 +98,9 @@ def measure_curvature(
     labels: str = "text",
     seed: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
+    lookup: Lookup | None = None,
 ) -> list[Curvature]:
-    """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids.
+    """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids; `lookup` is filled in too.
 
     Layers that read the same tensor share one curvature. `labels`: "text" takes the next token of the window as the
     label of the loss, "sampled" draws it from the model's own prediction. `advance` is called with the tokens done.
@@ -90,13 +112,14 @@ def measure_curvature(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     inputs = _group(model, layers, windows[:1, :8].to(device))
-    by_module = {id(layer.module): group for group, members in inputs for layer in members}
-    handles = [_require_gradients(model)]
+    by_module = {id(layer.module): (group, i) for group, members in inputs for i, layer in enumerate(members)}
+    rows = _Rows(device)
+    handles = [_require_gradients(model, rows)]
 
     def watch(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        group = by_module[id(module)]
+        group, reader = by_module[id(module)]
         group.x = args[0].detach()
-        output.register_hook(group.gradient)
+        output.register_hook(partial(group.gradient, reader))
 
     handles += [layer.module.register_forward_hook(watch) for _, members in inputs for layer in members]
     try:
@@ -113,6 +136,8 @@ def measure_curvature(
     finally:
         for handle in handles:
             handle.remove()
+    if lookup is not None:
+        lookup.power = float(rows.sum) / windows.numel()
     return [_finish(group) for group, _ in inputs]
 
 
@@ -128,7 +153,8 @@ def _finish(group: _Input) -> Curvature:
             f"{group.names[0]}: the curvature is not finite (NaN or Inf in the activations or gradients); "
             "check the model's weights, or calibrate in float32 with --device cpu"
         )
-    return Curvature(matrix, group.tokens, total**2 / float(group.sum_uu), group.names)
+    squares = tuple((group.sum_squares / group.tokens).tolist())
+    return Curvature(matrix, group.tokens, total**2 / float(group.sum_uu), group.names, squares)
 
 
 def _backward(model: Any, batch: torch.Tensor, labels: str, generator: Any) -> None:
@@ -146,11 +172,24 @@ def _backward(model: Any, batch: torch.Tensor, labels: str, generator: Any) -> N
     torch.nn.functional.cross_entropy(logits, target, reduction="sum").backward()
 
 
-def _require_gradients(model: Any) -> Any:
+class _Rows:
+    """Sums |g_t|^2 |y_t|^2 over the rows y_t that the embeddings give."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def gradient(self, y: torch.Tensor, g: torch.Tensor) -> None:
+        self.sum += (g.detach().float().square().sum(-1) * y.float().square().sum(-1)).double().sum()
+
+
+def _require_gradients(model: Any, rows: _Rows) -> Any:
     """Weights are frozen, so gradients start at the embeddings: no weight gradient is ever computed."""
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.requires_grad_(True)
+        output.requires_grad_(True).register_hook(partial(rows.gradient, output.detach()))
+        return output
 
     return model.get_input_embeddings().register_forward_hook(hook)
 

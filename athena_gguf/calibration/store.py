@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from athena_gguf import __version__, progress
-from athena_gguf.calibration.curvature import Curvature
+from athena_gguf.calibration.curvature import Curvature, Lookup
 from athena_gguf.errors import AthenaError
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-METHOD = 1  # raised when the same inputs give another curvature
+METHOD = 2  # raised when the same inputs give another curvature
+
+
+@dataclass
+class Calibration:
+    """All that was measured, under the `fingerprint` of what it was measured from."""
+
+    key: str
+    curvatures: list[Curvature]
+    lookup: Lookup
 
 
 def fingerprint(model_dir: Path, files: Iterable[Path], *settings: object) -> str:
@@ -26,6 +36,11 @@ def model_fingerprint(model_dir: Path) -> str:
     return _digest(__version__, _stats(files))
 
 
+def derived_fingerprint(key: str, files: Iterable[Path], *settings: object) -> str:
+    """A digest of everything that something made from a calibration depends on."""
+    return _digest(key, _stats(files), *settings)
+
+
 def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
@@ -34,25 +49,26 @@ def _digest(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def save(path: Path, key: str, curvatures: Sequence[Curvature]) -> None:
-    """Keep `curvatures` under a fingerprint; the file appears only when it is complete.
+def save(path: Path, measured: Calibration) -> None:
+    """Keep what was measured; the file appears only when it is complete.
 
-    They are not kept, and a warning says so, if the disk has no room: the conversion can go on without.
+    It is not kept, and a warning says so, if the disk has no room: the conversion can go on without.
     """
     import torch
 
     from athena_gguf.gguf_file.atomic import require_space, temporary_beside
 
-    content = {"key": key, "curvatures": [vars(c) for c in curvatures]}
+    curvatures = [vars(c) for c in measured.curvatures]
+    content = {"key": measured.key, "curvatures": curvatures, "lookup": asdict(measured.lookup)}
     try:
-        require_space(path.parent, sum(c.matrix.nbytes for c in curvatures), "the measured curvature")
+        require_space(path.parent, sum(c.matrix.nbytes for c in measured.curvatures), "the measured curvature")
         with temporary_beside(path) as temporary:
             torch.save(content, temporary)
     except (AthenaError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
         progress.note(f"warning: the curvature is not kept for further conversions: {error}")
 
 
-def load(path: Path, key: str) -> list[Curvature] | None:
+def load(path: Path, key: str) -> Calibration | None:
     """What was saved under this fingerprint, or None."""
     import torch
 
@@ -64,4 +80,4 @@ def load(path: Path, key: str) -> list[Curvature] | None:
         return None
     if not isinstance(content, dict) or content.get("key") != key:
         return None
-    return [Curvature(**c) for c in content["curvatures"]]
+    return Calibration(key, [Curvature(**c) for c in content["curvatures"]], Lookup(**content["lookup"]))

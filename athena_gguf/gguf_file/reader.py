@@ -1,5 +1,7 @@
 """A GGUF file as metadata and memory-mapped tensors. Needs NumPy and gguf-py only, so that it opens fast."""
 
+from __future__ import annotations
+
 import math
 import mmap
 from collections.abc import Iterator
@@ -43,8 +45,18 @@ class Tensor:
     def bits_per_weight(self) -> float:
         return self.n_bytes * 8 / self.n_elements if self.n_elements else 0.0
 
-    def to_float32(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
-        """The weights as float32; `rows` slices the first axis. Raises AthenaError if the type cannot be decoded."""
+    @property
+    def flat(self) -> Tensor:
+        """The same rows as one matrix."""
+        return Tensor(
+            self.name,
+            (math.prod(self.shape[:-1]), self.columns),
+            self.type_name,
+            self.data.reshape(-1, self.data.shape[-1]),
+        )
+
+    def to_float32(self, rows: slice | npt.NDArray[np.intp] = slice(None)) -> npt.NDArray[np.float32]:
+        """The weights as float32; `rows`: of the first axis. Raises AthenaError if the type cannot be decoded."""
         data = self.data[rows]
         shape = (*data.shape[:-1], self.columns)
         if self.type_name in TYPES:
@@ -85,7 +97,7 @@ class GGUFFile:
         self.tensors: dict[str, Tensor] = {}
         self._parse(Cursor(memoryview(self._map), self.path))
 
-    def __enter__(self) -> "GGUFFile":
+    def __enter__(self) -> GGUFFile:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,6 +27,26 @@ class Replacement:
     data: Callable[[], npt.NDArray[np.uint8]]
 
 
+def result_bytes(
+    base_path: Path | str, kinds: Mapping[str, str], metadata: Mapping[str, Value], *, file_type: int
+) -> int:
+    """The exact size of what `write_quantized` would write, with `kinds` for the types of the tensors that change."""
+    with GGUFFile(base_path) as base:
+        planned = _plan(base, kinds)
+        size = len(_header(base, planned, _changes(metadata, file_type)))
+        return size + sum(item.size + -item.size % base.alignment for item in planned)
+
+
+def tensor_bytes(tensor: Tensor, kind: str) -> int:
+    """Bytes of a tensor of the base file in another type. Raises AthenaError if its rows don't fit that type."""
+    try:
+        return math.prod(tensor.shape[:-1]) * types.row_bytes(kind, tensor.columns)
+    except KeyError:
+        raise AthenaError(f"tensor {tensor.name}: unknown type {kind}") from None
+    except ValueError as error:
+        raise AthenaError(f"tensor {tensor.name}: {error}") from None
+
+
 @dataclass(frozen=True)
 class _Planned:
     tensor: Tensor
@@ -55,12 +75,8 @@ def write_quantized(
         unknown = sorted(set(replace) - set(base.tensors))
         if unknown:
             raise AthenaError(f"{base_path} has no tensor {unknown[0]}")
-        changes = dict(metadata) | {
-            "general.file_type": file_type,
-            "general.quantization_version": QUANTIZATION_VERSION,
-        }
-        planned = _plan(base, replace)
-        header = _header(base, planned, changes)
+        planned = _plan(base, {name: change.type_name for name, change in replace.items()})
+        header = _header(base, planned, _changes(metadata, file_type))
         total = len(header) + (planned[-1].offset + planned[-1].size + base.alignment if planned else 0)
         require_space(out_path.parent, total, str(out_path))
         with atomic_write(out_path) as out:
@@ -69,17 +85,18 @@ def write_quantized(
                 _write_tensor(out, item, replace.get(item.tensor.name), base.alignment)
 
 
-def _plan(base: GGUFFile, replace: Mapping[str, Replacement]) -> list[_Planned]:
+def _changes(metadata: Mapping[str, Value], file_type: int) -> dict[str, Value]:
+    return dict(metadata) | {
+        "general.file_type": file_type,
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+
+
+def _plan(base: GGUFFile, kinds: Mapping[str, str]) -> list[_Planned]:
     planned, offset = [], 0
     for tensor in base:
-        change = replace.get(tensor.name)
-        kind = change.type_name if change else tensor.type_name
-        try:
-            size = math.prod(tensor.shape[:-1]) * types.row_bytes(kind, tensor.columns)
-        except KeyError:
-            raise AthenaError(f"tensor {tensor.name}: unknown type {kind}") from None
-        except ValueError as error:
-            raise AthenaError(f"tensor {tensor.name}: {error}") from None
+        kind = kinds.get(tensor.name, tensor.type_name)
+        size = tensor_bytes(tensor, kind)
         planned.append(_Planned(tensor, kind, size, offset))
         offset += size + -size % base.alignment
     return planned

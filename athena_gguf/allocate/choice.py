@@ -1,0 +1,110 @@
+"""The types of a plan for a target: losses measured or kept, sizes counted, the best choice taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf import progress
+from athena_gguf.allocate.losses import METHOD, Losses, candidates, measure_losses
+from athena_gguf.allocate.solve import choose
+from athena_gguf.allocate.target import Target, runtime_bytes
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file import GGUFFile, result_bytes, tensor_bytes
+
+if TYPE_CHECKING:
+    from athena_gguf.calibration.store import Calibration
+    from athena_gguf.plan import Plan
+
+
+def kept_losses(
+    work: Path | None, base_path: Path, plan: Plan, measured: Calibration, settings: Any, threads: int, seed: int
+) -> Losses:
+    """`measure_losses`, or what it found before for the same inputs, kept in the folder `work`."""
+    from athena_gguf.calibration import store
+    from athena_gguf.gguf_file.atomic import atomic_write
+
+    kinds = {name: candidates(plan, name) for name in plan.shapes}
+    key = store.derived_fingerprint(measured.key, [base_path], METHOD, vars(settings), seed, kinds)
+    path = work / "losses.json" if work else None
+    if path is not None:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                progress.note("losses of the types: taken from the work directory")
+                return {str(name): dict(of) for name, of in kept["losses"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # absent or damaged: measure again
+    losses = measure_losses(base_path, plan, measured.curvatures, measured.lookup, settings, threads, seed)
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(json.dumps({"key": key, "losses": losses}).encode())
+    return losses
+
+
+def predicted_kld(plan: Plan, losses: Losses) -> float:
+    """The sum of all losses, in nats a token; what is as exact as the base file counts as none."""
+    return sum(losses[name].get(plan.kind(name), 0.0) for name in plan.shapes)
+
+
+def choose_types(base_path: Path, plan: Plan, losses: Losses, target: Target, metadata: Mapping[str, Any]) -> None:
+    """Give every free tensor of `plan` the type that makes the sum of losses least within the target.
+
+    `metadata`: what the file will hold beside the base file's, which counts for its size. Raises AthenaError saying
+    the limits if no choice is as small, or none as large as the target.
+    """
+    names = [name for name in plan.shapes if name in plan.free]
+    kinds = [candidates(plan, name) for name in names]
+    with GGUFFile(base_path) as base:
+        # Bits a weight are those of tensors alone; in a file they are filled up to its alignment.
+        alignment = 1 if target.bpw is not None else base.alignment
+        sizes = [
+            [_padded(tensor_bytes(base.tensors[name], kind), alignment) for kind in of]
+            for name, of in zip(names, kinds, strict=True)
+        ]
+        fixed, budget, limits = _budget(base, plan, target, metadata, sum(of[-1] for of in sizes))
+    losses_of = [[losses[name][kind] for kind in of] for name, of in zip(names, kinds, strict=True)]
+    smallest, largest = (fixed + sum(pick(of) for of in sizes) for pick in (min, max))
+    possible = f"possible is {limits(smallest, largest)} (all as in the base file)"
+    if budget > largest:
+        raise AthenaError(f"{target.option}: {target.name} is more than this model can use; {possible}")
+    chosen = choose(sizes, losses_of, budget - fixed)
+    if chosen is None:
+        raise AthenaError(f"{target.option}: {target.name} is too small for this model; {possible}")
+    for name, of, at in zip(names, kinds, chosen, strict=True):
+        plan.set_type(name, of[at])
+
+
+def _padded(size: int, alignment: int) -> int:
+    return size + -size % alignment
+
+
+def _budget(
+    base: GGUFFile, plan: Plan, target: Target, metadata: Mapping[str, Any], stored: int
+) -> tuple[int, int, Any]:
+    """Bytes of all that is not free, bytes of the whole at most, and how to say two limits of the latter.
+
+    `stored`: bytes of the free tensors as the base file has them.
+    """
+    changed = {name: kind for name, kind in (plan.encoded | plan.standard).items() if name not in plan.free}
+    if target.bpw is not None:
+        weights = base.n_elements
+        fixed = -stored + sum(tensor_bytes(t, changed.get(t.name, t.type_name)) for t in base)
+        return (
+            fixed,
+            int(target.bpw * weights / 8),
+            lambda a, b: f"{8 * a / weights:.3f} to {8 * b / weights:.3f} bits a weight",
+        )
+    fixed = result_bytes(base.path, changed, metadata, file_type=0) - stored
+    mib = 2**20
+    if target.memory is None:
+        assert target.size is not None
+        return fixed, target.size, lambda a, b: f"{a / mib:.1f} to {b / mib:.1f} MiB"
+    beside = runtime_bytes(base.metadata, target.context)
+    return (
+        fixed + beside,
+        target.memory,
+        lambda a, b: f"{a / mib:.1f} to {b / mib:.1f} MiB, {beside / mib:.1f} MiB of it beside the file",
+    )

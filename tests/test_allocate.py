@@ -1,0 +1,232 @@
+"""Conversion to a target: exact sizes, the limits, what the file says, and losses against whole encodings."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_model as tiny
+import torch
+
+from athena_gguf import convert as convert_module
+from athena_gguf.allocate import PRESETS, parse_target
+from athena_gguf.allocate.losses import candidates, measure_losses
+from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
+from athena_gguf.calibration import Lookup, store
+from athena_gguf.convert import ConvertOptions, convert
+from athena_gguf.encode import EncodeOptions, encode_matrix
+from athena_gguf.errors import AthenaError
+from athena_gguf.format import TYPES, decode_rows
+from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.plan import make_plan
+
+FREE = {"A2", "A3", "A4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Shared by all conversions of this file, so that the curvature is measured once."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(tiny.words(4000))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    monkeypatch.setattr(convert_module, "WINDOW", 64)
+
+
+@pytest.fixture
+def options(text, tiny_base, work):
+    def make(**changes):
+        settings = {"calibration": (str(text),), "calibration_tokens": 1024, "base": tiny_base, "device": "cpu"}
+        return ConvertOptions(**(settings | {"work_dir": work} | changes))
+
+    return make
+
+
+def planned(capsys):
+    """Size and predicted KL divergence that a dry run has printed."""
+    out = capsys.readouterr().out
+    size = next(line for line in out.splitlines() if line.startswith("size: "))
+    kld = next(line for line in out.splitlines() if line.startswith("predicted KL divergence"))
+    return out, int(size.split()[1].replace(",", "")), float(kld.split(": ")[1].split()[0])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"bpw": 4.0}, {"bpw": 9.3}, {"size": "150KiB"}, {"size": "200000"}, {"fit_memory": "131.58MiB", "context": 32}],
+    ids=str,
+)
+def test_file_is_as_planned_and_as_large_as_it_may_be(target, tiny_model, options, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    convert(tiny_model, out, options(**target, dry_run=True))
+    said, size, predicted = planned(capsys)
+    assert not out.exists() and list(tmp_path.iterdir()) == []
+    convert(tiny_model, out, options(**target))
+    assert out.stat().st_size == size
+    with GGUFFile(out) as file:
+        metadata = file.metadata
+        kinds = {t.name: t.type_name for t in file if len(t.shape) == 2}
+        assert set(kinds.values()) <= FREE and len(set(kinds.values())) > 1
+        bpw = 8 * sum(t.n_bytes for t in file) / file.n_elements
+        smallest_step = 1024  # bytes: what one of the small matrices can grow by, about
+        if "bpw" in target:
+            assert target["bpw"] - 8 * smallest_step / file.n_elements < bpw <= target["bpw"]
+        else:
+            limit = {"150KiB": 153600, "200000": 200000}.get(target.get("size"))
+            if limit is None:
+                limit = int(131.58 * 2**20) - runtime_bytes(metadata, 32)
+            assert limit - smallest_step < size <= limit
+        for name, kind in kinds.items():
+            assert said.count(f" {kind}") and file.tensors[name].to_float32().shape == file.tensors[name].shape
+    assert metadata["athena.type"] == "mixed" and "athena.embedding_type" not in metadata
+    assert metadata["athena.predicted_kld"] == pytest.approx(predicted, rel=1e-3)
+    assert metadata["general.file_type"] in {k.file_type for k in TYPES.values()} | {2, 3, 7, 8, 9, 32}
+    messages = capsys.readouterr().err
+    assert f"predicted KL divergence from the base file: {predicted:.4g}" in messages
+    assert "losses of the types: taken from the work directory" in messages
+
+
+def test_more_bytes_lose_less_and_a_mix_beats_one_type(tiny_model, options, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    convert(tiny_model, out, options(dry_run=True, type="A3"))
+    _, size, one_type = planned(capsys)
+    found = []
+    for more in (0, 20_000, 60_000):
+        convert(tiny_model, out, options(dry_run=True, size=str(size + more)))
+        found.append(planned(capsys)[2])
+    assert found[0] < one_type
+    assert found[0] > found[1] > found[2] > 0
+
+
+def test_embeddings_can_be_forced(tiny_model, options, tmp_path):
+    out = tmp_path / "out.gguf"
+    convert(tiny_model, out, options(bpw=4.5, embedding_type="Q5_1"))
+    with GGUFFile(out) as file:
+        assert file.tensors["token_embd.weight"].type_name == "Q5_1"
+        assert file.metadata["athena.embedding_type"] == "Q5_1"
+        assert 8 * sum(t.n_bytes for t in file) / file.n_elements <= 4.5
+
+
+def test_limits_are_said(tiny_model, options, tmp_path):
+    out = tmp_path / "out.gguf"
+    for target, match in (
+        ({"bpw": 2.0}, r"--bpw: 2 bits a weight is too small .* 2\.\d+ to 1[67]\.\d+ bits a weight"),
+        ({"bpw": 20.0}, r"20 bits a weight is more than .* 2\.\d+ to 1[67]\.\d+ bits a weight"),
+        ({"size": "60KiB"}, r"--size: file of 60KiB is too small .* 0\.\d to 0\.6 MiB"),
+        ({"size": "1GB"}, r"file of 1GB is more than .* to 0\.6 MiB"),
+        (
+            {"fit_memory": "100MiB"},
+            r"--fit-memory: 100MiB of memory with 4096 tokens .* to 13\d\.\d MiB, 13\d\.\d MiB of it beside",
+        ),
+        ({"preset": "tiny"}, None),
+    ):
+        if match is None:
+            convert(tiny_model, out, options(**target, dry_run=True))
+            continue
+        with pytest.raises(AthenaError, match=match):
+            convert(tiny_model, out, options(**target))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_exclude_each_other(tiny_model, options, tmp_path):
+    for chosen, match in (
+        ({"type": "A3", "bpw": 3.0}, "--type A3 .* --bpw chooses"),
+        ({"size": "1GB", "bpw": 3.0}, "--bpw and --size exclude"),
+        ({"preset": "small", "fit_memory": "1GB"}, "--fit-memory and --preset exclude"),
+        ({"context": 100}, "--context .* --fit-memory"),
+        ({"preset": "enormous"}, "--preset enormous: choose from tiny, small"),
+        ({"size": "5 giga"}, "--size 5 giga: give a size such as"),
+        ({"size": "0"}, "--size 0"),
+        ({"bpw": -1.0}, "--bpw -1"),
+    ):
+        with pytest.raises(AthenaError, match=match):
+            convert(tiny_model, tmp_path / "out.gguf", options(**chosen))
+
+
+def test_sizes_and_presets_are_understood():
+    for text, expected in (("5.5GiB", 5905580032), ("8GB", 8 * 10**9), ("700 mib", 700 * 2**20), ("12345", 12345)):
+        assert parse_target(size=text).size == expected
+    for name, bpw in PRESETS.items():
+        assert parse_target(preset=name).bpw == bpw
+    assert parse_target() is None
+    assert parse_target(fit_memory="1KiB").context == 4096
+
+
+def test_memory_beside_the_file():
+    """By hand, for an 8B model of 32 layers: 2 x 8 heads of 128 x 2 bytes x 32 layers = 128 KiB a token."""
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 32,
+        "llama.embedding_length": 4096,
+        "llama.feed_forward_length": 14336,
+        "llama.attention.head_count": 32,
+        "llama.attention.head_count_kv": 8,
+        "tokenizer.ggml.tokens": ["x"] * 1000,
+    }
+    assert kv_cache_bytes(metadata, 4096) == 4096 * 128 * 1024
+    assert runtime_bytes(metadata, 4096) == 2**29 + PROGRAM + BATCH * 4 * (1000 + 2 * 14336 + 8 * 4096)
+    some = metadata | {"llama.attention.head_count_kv": [8, 0] * 16, "llama.attention.key_length": 256}
+    assert kv_cache_bytes(some, 10) == 10 * 16 * 8 * (256 + 128) * 2
+
+
+def test_losses_are_those_of_whole_tensors(tiny_model, tiny_base, options, work, tmp_path):
+    """Samples of rows against every row, encoded and decoded, with the definition of the loss in NumPy."""
+    convert(tiny_model, tmp_path / "out.gguf", options(dry_run=True))
+    kept = torch.load(work / "curvature.pt", weights_only=True)
+    measured = store.load(work / "curvature.pt", kept["key"])
+    losses = json.loads((work / "losses.json").read_text())["losses"]
+    settings = EncodeOptions()
+    ratios = []
+    with GGUFFile(tiny_base) as base:
+        for c in measured.curvatures:
+            h = c.matrix.double().numpy()
+            for name, square in zip(c.tensor_names, c.gradient_squares, strict=True):
+                weight = base.tensors[name].to_float32()
+                encoded = encode_matrix(torch.from_numpy(weight), c.matrix, TYPES["A3"], settings)
+                error = decode_rows(TYPES["A3"], encoded.data, weight.shape[1]) - weight
+                loss = square / 2 / len(weight) * np.trace(error @ h @ error.T)
+                if name == "token_embd.weight":
+                    loss += (
+                        measured.lookup.power / 2 / weight.shape[1] * np.square(error).sum() / np.square(weight).sum()
+                    )
+                ratios.append(losses[name]["A3"] / loss)
+                of = losses[name]
+                assert of["A2"] > of["A3"] > of["A4"] > of["Q8_0"] > of["BF16"] == 0
+    assert len(ratios) == 15
+    assert min(ratios) > 0.6 and max(ratios) < 1.6 and np.mean(ratios) == pytest.approx(1, abs=0.1)
+
+
+def test_what_cannot_be_encoded_gets_a_standard_type(runtime, text, tmp_path, capsys):
+    """Untied, and with rows of 160 and of 40 columns."""
+    model = tiny.make(tmp_path / "model", intermediate_size=160, tie_word_embeddings=False)
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+    settings = {"calibration": (str(text),), "calibration_tokens": 512, "device": "cpu", "work_dir": work}
+    convert(model, out, ConvertOptions(bpw=4.6, **settings))
+    assert "ffn_down.weight [128, 160] cannot be an A type: its row width" in capsys.readouterr().err
+    with GGUFFile(out) as file:
+        kinds = {t.name: t.type_name for t in file if len(t.shape) == 2}
+        assert kinds["blk.0.ffn_down.weight"] in FREE - set(TYPES)
+        assert {kinds["token_embd.weight"], kinds["output.weight"]} <= FREE
+        assert 4.5 < 8 * sum(t.n_bytes for t in file) / file.n_elements <= 4.6
+    losses = json.loads((work / "losses.json").read_text())["losses"]
+    assert set(losses["blk.0.ffn_down.weight"]) == FREE - set(TYPES)
+    assert losses["token_embd.weight"]["A2"] > losses["token_embd.weight"]["A4"] > 0
+
+
+def test_unmeasured_tensors_count_as_the_average(tiny_base):
+    """Without any curvature, the loss is the squared error relative to the tensor's power, a weight of the model."""
+    plan = make_plan(tiny_base, None, None)
+    losses = measure_losses(tiny_base, plan, [], Lookup(), EncodeOptions(sweeps=0), 1, seed=0)
+    name = "blk.0.attn_k.weight"
+    assert candidates(plan, name) == (*TYPES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16")
+    with GGUFFile(tiny_base) as base:
+        weight = base.tensors[name].to_float32()
+    step = np.abs(weight).reshape(-1, 32).max(1) / 127
+    expected = np.square(step).mean() / 12 / np.square(weight).mean() * weight.size
+    assert losses[name]["Q8_0"] == pytest.approx(expected, rel=0.1)
