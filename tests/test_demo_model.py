@@ -95,6 +95,8 @@ def test_the_model_answers(demo_directory):
 
 
 def test_blur_moves_weights_by_half_a_step_at_most():
+    import gguf
+
     rng = np.random.default_rng(3)
     data = gguf.quants.quantize(rng.standard_normal((5, 96)).astype(np.float32), gguf.GGMLQuantizationType.Q4_1)
     values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_1)
