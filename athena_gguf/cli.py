@@ -128,6 +128,12 @@ def convert(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune", help="Train scales and norms on the model's predictions. [default: with a GPU only]"
+        ),
+    ] = None,
     work_dir: Annotated[Path | None, typer.Option("--work-dir", help="Folder for intermediate files.")] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
 ) -> None:
@@ -152,6 +158,7 @@ def convert(
         seed=seed,
         work_dir=work_dir,
         base=base,
+        tune=tune,
     )
     run_convert(model, out, options)
 

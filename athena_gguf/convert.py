@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
+TUNE_TOKENS = 524_288
 IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger tensor waits alone
 
 
@@ -37,7 +38,8 @@ class ConvertOptions:
     `size` of the file; `fit_memory` with `context` tokens; `preset` (athena_gguf.allocate.target). `embedding_type`:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
     `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base file
-    made before. `dry_run`: print the plan and write no result."""
+    made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the plan and
+    write no result."""
 
     type: str | None = None
     bpw: float | None = None
@@ -52,6 +54,7 @@ class ConvertOptions:
     seed: int = 0
     work_dir: Path | None = None
     base: Path | None = None
+    tune: bool | None = None
     dry_run: bool = False
 
 
@@ -79,7 +82,8 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
 
     model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
     target, device = _target(options), _check(out, options)
-    options = replace(options, device=device.type)
+    tune = device.type == "cuda" if options.tune is None else options.tune
+    options = replace(options, device=device.type, tune=tune)
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
     stages = Stages()
@@ -104,8 +108,12 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
             return
         with stages.timed("encoding"):
             encoded = _encode(base_path, plan, curvatures, options)
+        norms: dict[str, Any] = {}
+        if tune:
+            with stages.timed("tuning"):
+                norms = _tune(model_dir, base_path, plan, encoded, device, options)
         with stages.timed("writing"):
-            _write(base_path, out, plan, encoded, metadata)
+            _write(base_path, out, plan, encoded, norms, metadata)
     print_summary(out, plan, encoded, curvatures, stages.seconds)
 
 
@@ -364,13 +372,40 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
     return done
 
 
-def _write(base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], metadata: dict[str, Any]) -> None:
-    from athena_gguf.gguf_file import Replacement, write_quantized
+def _tune(
+    model_dir: Path, base_path: Path, plan: Any, encoded: dict[str, Any], device: Any, options: ConvertOptions
+) -> dict[str, Any]:
+    """Put tuned scales into `encoded`; the tuned norms by tensor name."""
+    import torch
+
+    from athena_gguf.gguf_file import GGUFFile
+    from athena_gguf.model import load_model
+    from athena_gguf.tune.stage import tune_encoded
+
+    model = load_model(model_dir, device, torch.float32)
+    # Other windows than the curvature's where the model writes them, more of the same text where files are given.
+    windows = _windows(model_dir, model, TUNE_TOKENS, replace(options, seed=options.seed + 1))
+    with GGUFFile(base_path) as base, _bfloat16_products():
+        try:
+            found = tune_encoded(model, base, plan, encoded, windows, options.seed)
+        except torch.OutOfMemoryError as error:
+            raise AthenaError(f"{model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune") from error
+    for name, data in found.data.items():
+        encoded[name] = replace(encoded[name], data=data)
+    return found.norms
+
+
+def _write(
+    base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], norms: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    from athena_gguf.gguf_file import Replacement, quantize, write_quantized
     from athena_gguf.plan import file_type, standard_replacements
 
     changed = standard_replacements(base_path, plan)
     for name, result in encoded.items():
         changed[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
+    for name, weight in norms.items():
+        changed[name] = Replacement("F32", partial(quantize, weight, "F32"))
     write_quantized(base_path, out, changed, metadata, file_type=file_type(plan))
 
 
@@ -400,5 +435,6 @@ def _metadata(curvatures: list[Curvature], options: ConvertOptions, target: Targ
         "athena.damping": settings.damping,
         "athena.passes": settings.passes,
         "athena.sweeps": settings.sweeps,
+        "athena.tuned": bool(options.tune),
         "athena.made_with": [f"{name} {version(name)}" for name in ("torch", "transformers", "numba", "numpy", "gguf")],
     }

@@ -1,0 +1,75 @@
+"""The tuning stage of a conversion: which modules and tensors take part, and what becomes of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from athena_gguf import progress
+from athena_gguf.format import TYPES
+from athena_gguf.gguf_file import GGUFFile, quantize
+from athena_gguf.plan import Plan
+from athena_gguf.tune.train import Quantized, Tuned, TuneOptions, tune
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tune_encoded(
+    model: Any, base: GGUFFile, plan: Plan, encoded: Mapping[str, Any], windows: torch.Tensor, seed: int
+) -> Tuned:
+    """Tune what `encode` made of the matrices of `base`; the norms of the result are whole new tensors."""
+    from athena_gguf.model.linear import named_layers
+
+    def quantized(name: str) -> Quantized | None:
+        rows = base.tensors[name].to_float32()
+        if name in encoded:
+            return Quantized(TYPES[plan.encoded[name]], encoded[name].data, rows)
+        if name in plan.standard:
+            return Quantized(None, _through(rows, plan.standard[name]), rows)
+        return None
+
+    matrices = {layer.module_name: layer.tensor_name for layer in named_layers(model, plan.architecture, base.tensors)}
+    embeddings = model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    matrices[names[id(embeddings)]] = "token_embd.weight"
+    options = TuneOptions()
+    with progress.bar("tuning scales and norms", options.steps * options.batch) as advance:
+        found = tune(model, matrices, _norms(model, plan, base), quantized, windows, options, seed, advance)
+    progress.note(f"tuning: KL divergence on text held out {found.before:.4f} -> {found.after:.4f}")
+    for name, change in found.norms.items():
+        found.norms[name] = base.tensors[name].to_float32() + change
+    return found
+
+
+def _through(rows: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.float32]:
+    """Weights as a standard type returns them."""
+    import gguf
+
+    data = quantize(rows, kind)
+    if kind in ("F32", "F16"):
+        return data.view(np.float32 if kind == "F32" else np.float16).astype(np.float32).reshape(rows.shape)
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(rows.shape)
+
+
+def _norms(model: Any, plan: Plan, base: GGUFFile) -> dict[str, str]:
+    """Modules with one weight a column that the file holds as they are or plus one (as Gemma's), by module name."""
+    import gguf
+
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(by_name[plan.architecture], model.config.get_text_config().num_hidden_layers)
+    found = {}
+    for module_name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 1:
+            continue
+        tensor_name = names.get_name(f"{module_name.replace('language_model.', '')}.weight", try_suffixes=(".weight",))
+        if tensor_name not in base.tensors or base.tensors[tensor_name].type_name != "F32":
+            continue
+        ours, theirs = base.tensors[tensor_name].to_float32(), weight.detach().float().cpu().numpy()
+        if ours.shape == theirs.shape and any(np.allclose(ours, theirs + add, rtol=0, atol=1e-5) for add in (0, 1)):
+            found[module_name] = tensor_name
+    return found

@@ -1,0 +1,169 @@
+"""Scales and norms of a quantized model, trained so that it predicts what the original model predicts.
+
+Distillation on the model's own distribution, as LLM-QAT (Liu et al. 2023) does for all weights; only the scales of a
+quantized model learn in PEQA (Kim et al. 2023). Symbols stay as they were encoded, so nothing grows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.format import AType, decode_rows
+
+if TYPE_CHECKING:
+    import torch
+
+_ELEMENTS = 1 << 29  # logits of a part of a batch, at most
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """`steps` of Adam on `batch` windows each; `scale_rate`, `norm_rate`: its first step sizes, of the logarithm of a
+    scale and of a norm's weight; both warm up over a tenth of the steps and fall as a cosine. `held_out`: share of the
+    windows that judge the result."""
+
+    steps: int = 150
+    batch: int = 32
+    scale_rate: float = 4e-3
+    norm_rate: float = 1e-3
+    held_out: float = 0.05
+
+
+@dataclass
+class Tuned:
+    """`data`: new bytes of A-type tensors; `norms`: what is to be added to norm weights; `before`, `after`: mean KL
+    divergence (nats a token) on the held-out windows. Empty if it did not fall."""
+
+    before: float
+    after: float
+    data: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    norms: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix of the file. `kind` None: of a standard type, and `data` its decoded weights; else its bytes. `rows`:
+    the original weights as the file has them, float32 [rows, columns]."""
+
+    kind: AType | None
+    data: npt.NDArray[Any]
+    rows: npt.NDArray[np.float32]
+
+    def decoded(self) -> npt.NDArray[np.float32]:
+        """[rows, columns]"""
+        if self.kind is None:
+            return self.data
+        return decode_rows(self.kind, self.data, self.rows.shape[1])
+
+
+def tune(
+    model: Any,
+    matrices: Mapping[str, str],
+    norms: Mapping[str, str],
+    quantized: Callable[[str], Quantized | None],
+    windows: torch.Tensor,
+    options: TuneOptions,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Tuned:
+    """Tune the scales and norms of a quantized `model` on `windows` [n, length] of token ids.
+
+    `matrices`, `norms`: module name to tensor name, of linear layers and embeddings, and of norms that may learn.
+    `quantized` gives a tensor as the file has it, None if it is not quantized. `advance` is called with the windows
+    done. Raises AthenaError if there are too few windows or the loss is not finite.
+    """
+    import torch
+
+    from athena_gguf.tune.student import ScaledLinear
+
+    held = max(1, round(options.held_out * len(windows)))
+    if len(windows) < 2 * held:
+        raise AthenaError(f"tuning needs more than {len(windows)} windows of text; give more, or --no-tune")
+    device = next(model.parameters()).device
+    student = _student(model, matrices, quantized)
+    scaled = {n: m for n, m in student.named_modules() if isinstance(m, ScaledLinear)}
+    learning = {name: student.get_submodule(name).weight for name in norms}
+    rates = ((options.scale_rate, [m.log_scale for m in scaled.values()]), (options.norm_rate, [*learning.values()]))
+    groups: list[dict[str, Any]] = [{"params": p, "first": rate} for rate, p in rates if p]
+    for _, parameters in rates:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    old_norms = {name: weight.detach().clone() for name, weight in learning.items()}
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(windows), generator=generator)
+    judges, pupils = windows[order[:held]], windows[order[held:]]
+    part = max(1, min(options.batch, _ELEMENTS // (windows.shape[1] * model.config.get_text_config().vocab_size)))
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            losses = [_divergence(model, student, w.to(device)).mean(1) for w in judges.split(part)]
+        return float(torch.cat(losses).mean())
+
+    before = mean_loss()
+    queue = torch.empty(0, dtype=torch.long)
+    for step in range(options.steps):
+        share = min(1.0, 10 * (step + 1) / options.steps) * (1 + math.cos(math.pi * step / options.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["first"]
+        if len(queue) < options.batch:
+            queue = torch.cat([queue, torch.randperm(len(pupils), generator=generator)])
+        batch, queue = pupils[queue[: options.batch]], queue[options.batch :]
+        for some in batch.split(part):
+            loss = _divergence(model, student, some.to(device)).mean(1).sum() / len(batch)
+            loss.backward()
+            advance(len(some))
+        if not torch.isfinite(loss):
+            raise AthenaError("tuning: the loss is not finite; try --no-tune")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    after = mean_loss()
+    if not after < before:
+        return Tuned(before, before)
+    moved = {norms[n]: (w.detach() - old_norms[n]).float().cpu().numpy() for n, w in learning.items()}
+    return Tuned(before, after, {matrices[n]: m.data() for n, m in scaled.items()}, moved)
+
+
+def _student(model: Any, matrices: Mapping[str, str], quantized: Callable[[str], Quantized | None]) -> Any:
+    """A copy of the model with quantized weights, nothing in it learning yet."""
+    import torch
+
+    from athena_gguf.tune.student import ScaledLinear, row_order
+
+    student = copy.deepcopy(model)
+    embeddings = student.get_input_embeddings().weight
+    for name, tensor_name in matrices.items():
+        tensor = quantized(tensor_name)
+        if tensor is None:
+            continue
+        module = student.get_submodule(name)
+        weight = module.weight.detach()
+        original = model.get_submodule(name).weight.detach()  # the student's may be tied to one replaced already
+        order = row_order(tensor.rows, original.to(torch.bfloat16).float().cpu().numpy())
+        if order is None:
+            raise AthenaError(f"tuning: {tensor_name} holds other rows than the model; use --no-tune")
+        if tensor.kind is None or not isinstance(module, torch.nn.Linear) or module.weight is embeddings:
+            weight.copy_(torch.from_numpy(tensor.decoded()[order]))
+        else:
+            new = ScaledLinear(tensor.kind, tensor.data, order, module.bias).to(weight.device)
+            parent, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(parent), leaf, new)
+    return student.requires_grad_(False)
+
+
+def _divergence(teacher: Any, student: Any, windows: torch.Tensor) -> torch.Tensor:
+    """KL divergence of the student's predictions from the teacher's, [windows, length]."""
+    import torch
+
+    with torch.no_grad():
+        wanted = teacher(input_ids=windows, use_cache=False).logits.float().log_softmax(-1)
+    found = student(input_ids=windows, use_cache=False).logits.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
