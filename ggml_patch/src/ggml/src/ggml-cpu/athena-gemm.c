@@ -15,6 +15,16 @@
 #include <unistd.h>
 #endif
 
+// Kernels are unrolled in full: where their sums go through a loop, GCC copies them from register to register in every turn.
+#if defined(__clang__)
+#define ATHENA_UNROLL(n) _Pragma("unroll")
+#elif defined(__GNUC__)
+#define ATHENA_PRAGMA(text) _Pragma(#text)
+#define ATHENA_UNROLL(n) ATHENA_PRAGMA(GCC unroll n)
+#else
+#define ATHENA_UNROLL(n)
+#endif
+
 // Decoding
 
 // Columns of a row into its place in the tiles, row after row of them; carry is what the columns before them left.
@@ -169,9 +179,10 @@ static void kernel_vnni(const uint8_t * levels, const float * scales, const athe
         for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
             dot[m] = offset;
         }
+        ATHENA_UNROLL(16)
         for (int c = 0; c < ATHENA_GROUP/4; c++) {
             const __m512i q = _mm512_loadu_si512(panel->q[c]);
-#pragma GCC unroll 16
+            ATHENA_UNROLL(16)
             for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
                 int32_t u;
                 memcpy(&u, levels + m*ATHENA_GROUP + 4*c, sizeof(u));
@@ -179,7 +190,7 @@ static void kernel_vnni(const uint8_t * levels, const float * scales, const athe
             }
         }
         const __m512 d = _mm512_loadu_ps(panel->d);
-#pragma GCC unroll 16
+        ATHENA_UNROLL(16)
         for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
             const __m512 before = first && g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m*ATHENA_PANEL);
             _mm512_storeu_ps(sums + m*ATHENA_PANEL, add_scaled(before, dot[m], scales[m], d));
@@ -188,6 +199,12 @@ static void kernel_vnni(const uint8_t * levels, const float * scales, const athe
 }
 
 #else
+
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define ATHENA_UNROLL_VNNI ATHENA_UNROLL(16)
+#else
+#define ATHENA_UNROLL_VNNI // three instructions for each of VNNI's leave time for copies
+#endif
 
 static void kernel_avx2(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
     for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
@@ -198,16 +215,17 @@ static void kernel_avx2(const uint8_t * levels, const float * scales, const athe
             for (int m = 0; m < 8; m++) {
                 dot[m] = offset;
             }
+            ATHENA_UNROLL_VNNI
             for (int c = 0; c < ATHENA_GROUP/4; c++) {
                 const __m256i q = athena_load(panel->q[c]);
-#pragma GCC unroll 8
+                ATHENA_UNROLL(8)
                 for (int m = 0; m < 8; m++) {
                     int32_t u;
                     memcpy(&u, levels + (half + m)*ATHENA_GROUP + 4*c, sizeof(u));
                     dot[m] = athena_dot_bytes(dot[m], _mm256_set1_epi32(u), q);
                 }
             }
-#pragma GCC unroll 8
+            ATHENA_UNROLL(8)
             for (int m = 0; m < 8; m++) {
                 float * sum = sums + (half + m)*ATHENA_PANEL;
                 const __m256 before = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sum);
@@ -271,7 +289,7 @@ static void restore_tiles(const tile_config * before) {
 // Levels are signed here: the zero point is subtracted already.
 static void kernel_amx(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first, int32_t products[2][ATHENA_TILE_ROWS][ATHENA_PANEL]) {
     __m512 sum[ATHENA_TILE_ROWS];
-#pragma GCC unroll 16
+    ATHENA_UNROLL(16)
     for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
         sum[m] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m*ATHENA_PANEL);
     }
@@ -286,12 +304,12 @@ static void kernel_amx(const uint8_t * levels, const float * scales, const athen
             }
         }
         const __m512 d = _mm512_loadu_ps(panel[g].d);
-#pragma GCC unroll 16
+        ATHENA_UNROLL(16)
         for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
             sum[m] = add_scaled(sum[m], _mm512_loadu_si512(products[g % 2][m]), scales[m], d);
         }
     }
-#pragma GCC unroll 16
+    ATHENA_UNROLL(16)
     for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
         _mm512_storeu_ps(sums + m*ATHENA_PANEL, sum[m]);
     }
