@@ -100,11 +100,11 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
         for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
             plan.keep_standard(name, "no linear layer of the model feeds it")
         metadata = _metadata(curvatures, options, target)
-        if target is not None or options.dry_run:
+        if target or options.dry_run:
             with stages.timed("allocation"):
-                metadata |= _allocate(base_path, plan, measured, target, metadata, work, options)
+                predicted = _allocate(base_path, plan, measured, target, metadata, work, options)
         if options.dry_run:
-            print_plan(base_path, plan, metadata)
+            print_plan(base_path, plan, metadata, predicted)
             return
         with stages.timed("encoding"):
             encoded = _encode(base_path, plan, curvatures, options)
@@ -309,8 +309,8 @@ def _allocate(
     metadata: dict[str, Any],
     work: Path,
     options: ConvertOptions,
-) -> dict[str, Any]:
-    """Choose the types of the plan's free tensors for the target; returns what the file says of it."""
+) -> float:
+    """Choose the types of the plan's free tensors for the target; the predicted KL divergence."""
     from athena_gguf.allocate import choose_types, kept_losses, predicted_kld
     from athena_gguf.encode import EncodeOptions
 
@@ -318,8 +318,10 @@ def _allocate(
         work if options.work_dir else None, base_path, plan, measured, EncodeOptions(), cores(), options.seed
     )
     if target is not None:
-        choose_types(base_path, plan, losses, target, metadata | {"athena.predicted_kld": 0.0})
-    return {"athena.predicted_kld": predicted_kld(plan, losses)}
+        metadata["athena.predicted_kld"] = 0.0  # counts for the size
+        choose_types(base_path, plan, losses, target, metadata)
+        metadata["athena.predicted_kld"] = predicted_kld(plan, losses)
+    return predicted_kld(plan, losses)
 
 
 def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:

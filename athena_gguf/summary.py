@@ -57,7 +57,7 @@ def print_summary(
     progress.note(f"time: {times}; total {sum(seconds.values()):.1f} s")
 
 
-def print_plan(base_path: Path, plan: Plan, metadata: Mapping[str, Any]) -> None:
+def print_plan(base_path: Path, plan: Plan, metadata: Mapping[str, Any], predicted: float) -> None:
     """The type of every matrix, the file's exact size, its bits a weight and predicted KL divergence, on stdout."""
     kinds = plan.encoded | plan.standard
     size = result_bytes(base_path, kinds, metadata, file_type=file_type(plan))
@@ -66,7 +66,7 @@ def print_plan(base_path: Path, plan: Plan, metadata: Mapping[str, Any]) -> None
     _grid("types", {name: plan.kind(name) for name in plan.shapes}, print)
     print(f"types: {_mix(plan)}")
     print(f"size: {size:,} bytes ({size / 2**20:.1f} MiB), {bits:.3f} bits a weight over all")
-    print(f"predicted KL divergence from the base file: {metadata['athena.predicted_kld']:.4g} nats a token")
+    print(f"predicted KL divergence from the base file: {predicted:.4g} nats a token")
 
 
 def _mix(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import bench_quality
 import numpy as np
 import pytest
 import tiny_model as tiny
@@ -90,6 +91,17 @@ def test_file_is_as_planned_and_as_large_as_it_may_be(target, tiny_model, option
     messages = capsys.readouterr().err
     assert f"predicted KL divergence from the base file: {predicted:.4g}" in messages
     assert "losses of the types: taken from the work directory" in messages
+
+
+def test_one_type_is_planned_too(tiny_model, options, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    convert(tiny_model, out, options(type="A3", dry_run=True))
+    said, size, _ = planned(capsys)
+    assert "A3 14 tensors" in said and "Q8_0 1 tensors" in said
+    convert(tiny_model, out, options(type="A3"))
+    assert out.stat().st_size == size
+    with GGUFFile(out) as file:
+        assert "athena.predicted_kld" not in file.metadata
 
 
 def test_more_bytes_lose_less_and_a_mix_beats_one_type(tiny_model, options, tmp_path, capsys):
@@ -217,6 +229,21 @@ def test_what_cannot_be_encoded_gets_a_standard_type(runtime, text, tmp_path, ca
     losses = json.loads((work / "losses.json").read_text())["losses"]
     assert set(losses["blk.0.ffn_down.weight"]) == FREE - set(TYPES)
     assert losses["token_embd.weight"]["A2"] > losses["token_embd.weight"]["A4"] > 0
+
+
+def test_bench_quality_prints_what_was_asked_for(tiny_model, tiny_base, runtime, text, tmp_path, monkeypatch, capsys):
+    targets = ["A3", "4.5bpw", "160KiB"]
+    arguments = [tiny_model, tiny_base, tmp_path, *targets, "--text", text, "--windows", 1, "--threads", 2, "--keep"]
+    more = ["--calibration", text, "--calibration-tokens", 1024, "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["bench_quality.py", *map(str, arguments + more)])
+    assert bench_quality.main() == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[2:]] == targets
+    columns = {title: [row[n] for row in rows[2:]] for n, title in enumerate(rows[0])}
+    for target, mib, kld in zip(targets, columns["MiB"], columns["KLD, calibration"], strict=True):
+        assert float(mib) == pytest.approx((tmp_path / f"{target}.gguf").stat().st_size / 2**20, abs=0.006)
+        assert float(kld.split()[0]) < 0.2
+    assert "A3" in columns["types"][0] and float(columns["bits a weight"][1]) <= 4.5
 
 
 def test_unmeasured_tensors_count_as_the_average(tiny_base):

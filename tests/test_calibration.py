@@ -60,7 +60,10 @@ def reference(model, layers, windows, cap):
     x = inputs[0].detach().double().numpy().reshape(-1, inputs[0].shape[-1])
     squares = sum(g.double().numpy().reshape(len(x), -1) ** 2 @ np.ones(g.shape[-1]) for g in gradients)
     u = np.sqrt(squares)
-    norms = [torch.linalg.vector_norm(g.double(), dim=-1).numpy() for g in gradients]  # [windows, length]
+    powers = [layer.module.weight.double().square().mean(1) for layer in layers]
+    norms = [
+        (g.double().square() * p / p.mean()).sum(-1).sqrt().numpy() for g, p in zip(gradients, powers, strict=True)
+    ]
     capped = [np.minimum(n[a : a + 2], cap * n[a : a + 2].mean()) for n in norms for a in (0, 2, 4)]
     means = [sum(float((c**2).sum()) for c in capped[i : i + 3]) / len(x) for i in range(0, len(capped), 3)]
     return (x * u[:, None]).T @ x / u.sum(), u.sum() ** 2 / (u**2).sum(), means

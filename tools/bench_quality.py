@@ -2,10 +2,10 @@
 
     python tools/bench_quality.py MODEL BASE.gguf WORK TARGET [TARGET ...] --text TEXT [--text TEXT ...]
 
-Any other option goes to convert. A target is a type (A3), a preset (small), bits a weight (3.4bpw) or the size of a file (71MiB). WORK keeps curvature,
-losses of the types and the base file's logits for further runs, and the files themselves under --keep. Prints a line of
-a Markdown table for each target: size, predicted and measured KL divergence, perplexity ratio, same top token, and for
-every further text its KL divergence and perplexity ratio.
+A target is a type (A3), a preset (small), bits a weight (3.4bpw) or the size of a file (71MiB). Any other option goes
+to convert. Prints a line of a Markdown table for each: size, types by share of weights, predicted KL divergence, and
+for every text the measured one, perplexity ratio and share of tokens with the same most probable successor. WORK keeps
+curvature, losses of the types and the base file's logits for further runs, and with --keep the files.
 """
 
 import argparse
@@ -53,10 +53,9 @@ def row(target: str, chosen: argparse.Namespace, rest: list[str]) -> list[str]:
     """Convert, evaluate and describe one file."""
     out = chosen.work / f"{target}.gguf"
     options = ["--base", str(chosen.base), "--work-dir", str(chosen.work), *option(target), *rest]
+    # A conversion that chooses nothing predicts nothing.
+    predicted = dry_run(chosen.model, out, options) if target in TYPES else None
     start = time.monotonic()
-    predicted = None
-    if target in TYPES:  # not predicted by a conversion that chooses nothing
-        predicted = dry_run(chosen.model, out, options)
     convert(chosen.model, out, options)
     seconds = time.monotonic() - start
     with GGUFFile(out) as file:

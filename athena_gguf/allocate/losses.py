@@ -5,7 +5,8 @@ gradient of the token loss at its output. With the direction of g_t taken as spr
 
     1/2 mean_t |g_t|^2 / rows * tr(E H E^T)
 
-with H the normalized curvature of the input. Errors of different tensors are taken as independent, so losses add up.
+with H the normalized curvature of the input; `Curvature.gradient_squares` says how the mean is taken. Errors of
+different tensors are taken as independent, so losses add up.
 Embeddings where they are looked up have the row's number for an input: with y_t the row and W all of them,
 
     1/2 mean_t |g_t|^2 |y_t|^2 / columns * |E|^2 / |W|^2
@@ -42,7 +43,7 @@ STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can ma
 ROWS = 48  # encoded with each A type, at most
 SHARE = 16  # and at most one in so many
 FEWEST = 8  # but no fewer
-STANDARD_ROWS = 256  # made in each standard type, at most
+STANDARD_ROWS = 128  # made in each standard type, at most
 _CHUNK = 1 << 24  # weights looked at in one go
 
 Losses = dict[str, dict[str, float]]  # of a tensor's candidate types
@@ -93,7 +94,8 @@ def measure_losses(
                 waiting.append(
                     (name, _start(tensor, candidates(plan, name), sensitivities[name], matrix, metric, pool, rng))
                 )
-                collect(2 * threads)
+                # Three encodings a tensor: enough that no thread waits, and few curvatures are held in five forms.
+                collect(max(2, threads // 2))
         collect(0)
     return losses
 
@@ -184,7 +186,7 @@ def _start(
     pool: EncodePool,
     rng: np.random.Generator,
 ) -> Callable[[], dict[str, float]]:
-    """Begin with a tensor; the result's call waits for the losses of its types, without that of the stored one."""
+    """Begin with a tensor; what this returns waits for the losses of its types, without that of the stored one."""
     import torch
 
     count = tensor.shape[0]
@@ -194,12 +196,13 @@ def _start(
         weight = torch.from_numpy(tensor.to_float32(few))
         encodings = {kind: pool.submit(weight, metric, TYPES[kind]) for kind in kinds if kind in TYPES}
 
-    def result() -> dict[str, float]:
+    some = _spread(count, STANDARD_ROWS, rng)
+
+    def finish() -> dict[str, float]:
         found = {}
         for kind, encoding in encodings.items():
             decoded = decode_rows(TYPES[kind], encoding().data, tensor.columns)
             found[kind] = _loss(decoded - weight.numpy(), few, sensitivity, matrix)
-        some = _spread(count, STANDARD_ROWS, rng)
         values = tensor.to_float32(some)
         for kind in kinds[:-1]:
             if kind not in TYPES:
@@ -207,7 +210,8 @@ def _start(
                 found[kind] = _loss(error, some, sensitivity, matrix)
         return found
 
-    return result
+    # A worker that waits here holds nobody up: the encodings were submitted before, so they are running or done.
+    return pool.executor.submit(finish).result
 
 
 def _spread(rows: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:

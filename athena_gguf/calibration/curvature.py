@@ -37,7 +37,9 @@ class Curvature:
     tokens: int
     effective_tokens: float  # (sum u)^2 / sum u^2
     tensor_names: tuple[str, ...]  # that read this input
-    gradient_squares: tuple[float, ...]  # of each of them, at its own output: mean over tokens of |g_t|^2, capped
+    # Of each of them, at its own output: mean over tokens of |g_t|^2, capped, where an output counts by the power of
+    # its row of weights. Errors are about in proportion to it, and the likely tokens of an output layer have small rows.
+    gradient_squares: tuple[float, ...]
 
 
 @dataclass
@@ -56,6 +58,8 @@ class _Input:
 
         self.names = tuple(layer.tensor_name for layer in layers)
         self.readers = len(layers)
+        sizes = [torch.linalg.vector_norm(layer.module.weight, dim=1, dtype=torch.float32) for layer in layers]
+        self.row_sizes = [size / size.square().mean().sqrt() for size in sizes]
         self.sum_xx = torch.zeros(columns, columns, device=device)
         self.sum_u = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
@@ -72,9 +76,11 @@ class _Input:
         import torch
 
         # A norm makes no copy of the gradient, which at the output is as large as the logits.
-        norms = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).reshape(-1)
+        squares = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).square().reshape(-1)
+        # Window by window, for the same reason.
+        weighted = [torch.linalg.vector_norm(w.float() * self.row_sizes[reader], dim=-1) for w in g.detach()]
+        norms = torch.cat(weighted)
         self.sum_squares[reader] += norms.minimum(_CAP * norms.mean()).double().square().sum()
-        squares = norms.square()
         self.norms = squares if self.norms is None else self.norms + squares
         self.arrived += 1
         if self.arrived == self.readers:

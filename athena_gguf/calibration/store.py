@@ -13,7 +13,7 @@ from athena_gguf.calibration.curvature import Curvature, Lookup
 from athena_gguf.errors import AthenaError
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-METHOD = 2  # raised when the same inputs give another curvature
+METHOD = 3  # raised when the same inputs give another curvature
 
 
 @dataclass
