@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from athena_gguf.format import LANES
 
 if TYPE_CHECKING:
     import torch
+
+
+_WIDE = 4096  # columns from which a factorization is worth all cores, whatever else they do
 
 
 class Metric:
@@ -50,9 +54,15 @@ def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
     """Upper triangular U with U^T U = h^-1, of one matrix or a batch; float32, computed in float64."""
     import torch
 
-    lower, failed = torch.linalg.cholesky_ex(h.double())
-    if not failed.any():
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    threads = torch.get_num_threads()
+    if h.shape[-1] >= _WIDE:
+        torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        lower, failed = torch.linalg.cholesky_ex(h.double())
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    finally:
+        torch.set_num_threads(threads)
     if failed.any():
         raise ValueError("the curvature is not positive definite, even damped")
     return upper.float().contiguous()

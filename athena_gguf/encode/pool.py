@@ -33,9 +33,17 @@ class EncodePool:
         self.executor = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
 
     def __enter__(self) -> EncodePool:
+        import torch
+
+        # So does this thread: algebra that is shared with busy cores waits for them more than it gains.
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        import torch
+
+        torch.set_num_threads(self.before)
         self.executor.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, weight: torch.Tensor, metric: Metric, kind: AType) -> Callable[[], Encoded]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numba as nb
 import numpy as np
 import numpy.typing as npt
 
@@ -78,16 +79,29 @@ class ScaleFit:
         ridge.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-30)
         solved, failed = torch.linalg.solve_ex(ridge, right)
         usable = (failed == 0)[:, None] & torch.isfinite(solved)
-        scales = _rounded(torch.where(usable, solved, old))
-        diagonal = normal.diagonal(dim1=1, dim2=2)
+        found = encode_scale(torch.where(usable, solved, old).numpy())
+        _descend(normal.numpy(), right.numpy(), _SCALES, _MIDDLES, found)
+        return found
+
+
+_SCALES = decode_scale(np.arange(256, dtype=np.uint8))
+_MIDDLES = (_SCALES[1:] + _SCALES[:-1]) / 2
+
+
+@nb.njit(nogil=True)
+def _descend(normal, right, scales, middles, codes):  # type: ignore[no-untyped-def]
+    """Every scale byte in turn to its best value given the row's others: cyclic coordinate descent, in place.
+
+    `normal` [rows, groups, groups], `right` [rows, groups]; `codes` [rows, groups] uint8.
+    """
+    rows, groups = codes.shape
+    for r in range(rows):
         for _ in range(_SWEEPS):
             for g in range(groups):
-                rest = right[:, g] - (normal[:, g] * scales).sum(1) + diagonal[:, g] * scales[:, g]
-                scales[:, g] = _rounded(torch.where(diagonal[:, g] > 0, rest / diagonal[:, g], scales[:, g]))
-        return encode_scale(scales.numpy())
-
-
-def _rounded(scales: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(decode_scale(encode_scale(scales.numpy())))
+                diagonal = normal[r, g, g]
+                if diagonal > 0:
+                    rest = right[r, g]
+                    for j in range(groups):
+                        if j != g:
+                            rest -= normal[r, g, j] * scales[codes[r, j]]
+                    codes[r, g] = np.searchsorted(middles, rest / diagonal)
