@@ -107,7 +107,7 @@ def mul_mat(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_graphs(mul_mat: Path, tmp_path: Path, kind: AType, tokens: int) -> None:
-    """MUL_MAT of the built runtime; with several threads, and more of them than there are tiles."""
+    """MUL_MAT of the built runtime, between products of another type; with more threads than tiles too."""
     rng = np.random.default_rng(4)
     files = [tmp_path / name for name in ("weights", "activations", "out")]
     for columns, rows, threads in ((64, 7, 1), (128, 130, 3), (192, 33, 2), (576, 200, 2), (1536, 83, 8)):
