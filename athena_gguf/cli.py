@@ -120,21 +120,23 @@ def convert(
         typer.Option("--calibration", metavar="FILE|self", help="Text to calibrate on; repeatable. [default: self]"),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on.")
+        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. [default: 98304]")
     ] = None,
     embedding_type: Annotated[
         str | None,
         typer.Option("--embedding-type", help="Type of the embeddings. [default: Q8_0; with a target, what suits it]"),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the calibration text and the rows sampled.")] = 0,
     tune: Annotated[
         bool | None,
         typer.Option(
             "--tune/--no-tune", help="Train scales and norms on the model's predictions. [default: with a GPU only]"
         ),
     ] = None,
-    work_dir: Annotated[Path | None, typer.Option("--work-dir", help="Folder for intermediate files.")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option("--work-dir", help="Folder for what further conversions can use. [default: none]")
+    ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
 ) -> None:
     """Quantize a Hugging Face model to a GGUF file."""
@@ -144,7 +146,7 @@ def convert(
 
     keep_freed_memory()
     options = ConvertOptions(
-        type=type_name,
+        type=type_name and type_name.upper(),
         bpw=bpw,
         size=size,
         fit_memory=fit_memory,
@@ -153,7 +155,7 @@ def convert(
         dry_run=dry_run,
         calibration=tuple(calibration or ("self",)),
         calibration_tokens=calibration_tokens,
-        embedding_type=embedding_type,
+        embedding_type=embedding_type and embedding_type.upper(),
         device=device,
         seed=seed,
         work_dir=work_dir,
@@ -222,6 +224,8 @@ def run(
     """Answer a prompt: the answer on stdout, the speed on stderr."""
     from athena_gguf.runtime.completion import complete
 
+    if not prompt.strip():
+        raise AthenaError("--prompt is empty; say what to answer")
     complete(
         file,
         prompt,

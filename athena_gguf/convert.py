@@ -146,8 +146,12 @@ def _check(out: Path, options: ConvertOptions) -> Any:
     for name in options.calibration:
         if name != "self" and not Path(name).is_file():
             raise AthenaError(f"--calibration {name}: no such file")
-    if out.is_dir() or not out.parent.is_dir():
-        raise AthenaError(f"{out}: not a file in an existing folder")
+        if name != "self" and not Path(name).stat().st_size:
+            raise AthenaError(f"--calibration {name}: the file is empty")
+    if out.is_dir():
+        raise AthenaError(f"{out} is a folder; name a file in it")
+    if not out.parent.is_dir():
+        raise AthenaError(f"{out} cannot be written: the folder {out.parent} does not exist")
     kept = [options.base] if options.base else [options.work_dir / "base.gguf"] if options.work_dir else []
     if any(
         out.absolute() == path.absolute() or (out.exists() and path.exists() and out.samefile(path)) for path in kept

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_LINE_SECONDS = 10.0  # between two plain lines of one bar
+_LINE_SECONDS = 20.0  # between two plain lines of one bar
 
 Advance = Callable[[float], None]
 
@@ -56,8 +56,9 @@ def _plain_lines(name: str, total: float, start: float) -> Advance:
         nonlocal done, spoken
         done += units
         now = time.monotonic()
-        if now - spoken >= _LINE_SECONDS and done < total:
+        if now - spoken >= _LINE_SECONDS and 0 < done < total:
             spoken = now
-            note(f"{name}: {100 * done / total:.0f}% after {now - start:.0f} s")
+            left = (now - start) * (total - done) / done
+            note(f"{name}: {100 * done / total:.0f}% after {now - start:.0f} s, about {left:.0f} s left")
 
     return advance

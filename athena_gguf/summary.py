@@ -37,10 +37,12 @@ def print_summary(
         for c in curvatures
         if c.effective_tokens < TOKENS_PER_COLUMN * len(c.matrix) and not encoded.keys().isdisjoint(c.tensor_names)
     ]
-    for c in few:
+    if few:
+        worst = min(few, key=lambda c: c.effective_tokens / len(c.matrix))
         progress.note(
-            f"warning: the curvature of {c.tensor_names[0]} rests on {c.effective_tokens:.0f} tokens for "
-            f"{len(c.matrix)} columns; more --calibration-tokens would help"
+            f"warning: the curvature of {len(few)} of {len(curvatures)} layer inputs rests on fewer than "
+            f"{TOKENS_PER_COLUMN} tokens a column; more --calibration-tokens would help. Least has "
+            f"{worst.tensor_names[0]}: {worst.effective_tokens:.0f} tokens for {len(worst.matrix)} columns"
         )
     weights = sum(plan.elements(n) for n in encoded)
     bits = 8 * sum(e.data.nbytes for e in encoded.values())

@@ -87,6 +87,9 @@ def test_text_too_short(runtime, tiny_base, tmp_path):
     short.write_text("the sea")
     with pytest.raises(AthenaError, match="at least 1024 tokens"):
         evaluate(tiny_base, tiny_base, short, windows=1)
+    short.write_text("the sea " * 130)  # bytes enough, but not tokens
+    with pytest.raises(AthenaError, match="at least 1024 tokens"):
+        evaluate(tiny_base, tiny_base, short, windows=1)
     with pytest.raises(AthenaError, match=r"absent\.txt"):
         evaluate(tiny_base, tiny_base, tmp_path / "absent.txt", windows=1)
 

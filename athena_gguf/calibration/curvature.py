@@ -38,7 +38,7 @@ class Curvature:
     effective_tokens: float  # (sum u)^2 / sum u^2
     tensor_names: tuple[str, ...]  # that read this input
     # Of each of them, at its own output: mean over tokens of |g_t|^2, capped, where an output counts by the power of
-    # its row of weights. Errors are about in proportion to it, and the likely tokens of an output layer have small rows.
+    # its row of weights. Errors are about in proportion to it; the likely tokens of an output layer have small rows.
     gradient_squares: tuple[float, ...]
 
 

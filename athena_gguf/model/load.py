@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def check_model_dir(model_dir: Path) -> None:
     """Raises AthenaError unless `model_dir` is a directory with a config.json."""
     if not model_dir.is_dir():
-        raise AthenaError(f"{model_dir}: no such directory; give the folder of a Hugging Face model")
+        raise AthenaError(
+            f"{model_dir}: no such directory; give the folder of a Hugging Face model (`hf download` fetches one)"
+        )
     if not (model_dir / "config.json").is_file():
         raise AthenaError(f"{model_dir}: no config.json in it; give the folder of a Hugging Face model")
 

@@ -82,6 +82,8 @@ def evaluate(
         text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
     except OSError as error:
         raise AthenaError(f"{text}: {error.strerror}") from error
+    if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
+        raise AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
     with GGUFFile(base) as opened:
         tokens = opened.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
