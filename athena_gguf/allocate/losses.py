@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
-METHOD = 1  # raised when the same inputs give other losses
+METHOD = 2  # raised when the same inputs give other losses
 STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can make
 ROWS = 48  # encoded with each A type, at most
 SHARE = 16  # and at most one in so many
@@ -102,8 +102,8 @@ def measure_losses(
 
 @dataclass(frozen=True)
 class _Sensitivity:
-    """Loss of an error E: `output` * tr(E H E^T) + `plain` * |E|^2. `powers` [rows]: the weights' own, under the
-    diagonal of H where there is one; an error is about in proportion to it, so a sample is scaled up by it."""
+    """Loss of an error E: `output` * tr(E H E^T) + `plain` * |E|^2. `powers` [rows]: squared norms of the rows of
+    weights. Errors are about in proportion to them, so a sample is scaled up by them."""
 
     output: float
     plain: float
@@ -139,13 +139,13 @@ def _sensitivities(base: GGUFFile, plan: Plan, curvatures: list[Curvature], look
     found: dict[str, _Sensitivity] = {}
     loss = weights = 0.0
     for c in curvatures:
-        diagonal = c.matrix.diagonal().double().numpy()
+        mean_diagonal = float(c.matrix.diagonal().mean())
         for name, square in zip(c.tensor_names, c.gradient_squares, strict=True):
             if name not in plan.shapes:
                 continue
-            powers = _powers(base.tensors[name].flat, diagonal)
+            powers = _powers(base.tensors[name].flat)
             found[name] = _Sensitivity(square / 2 / len(powers), 0.0, powers)
-            loss += found[name].output * powers.sum()
+            loss += found[name].output * powers.sum() * mean_diagonal
             weights += plan.elements(name)
     average = loss / weights if weights else 1.0
     used = base.metadata.get(f"{plan.architecture}.expert_used_count")
@@ -153,7 +153,7 @@ def _sensitivities(base: GGUFFile, plan: Plan, curvatures: list[Curvature], look
         looked_up = name in EMBEDDINGS and name != "output.weight"
         if name in found and not looked_up:
             continue
-        powers = _powers(base.tensors[name].flat, None)
+        powers = found[name].powers if name in found else _powers(base.tensors[name].flat)
         whole = average * plan.elements(name)
         if len(shape) > 2 and isinstance(used, int) and 0 < used < shape[0]:
             whole *= used / shape[0]
@@ -167,13 +167,12 @@ def _sensitivities(base: GGUFFile, plan: Plan, curvatures: list[Curvature], look
     return found
 
 
-def _powers(tensor: Tensor, diagonal: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+def _powers(tensor: Tensor) -> npt.NDArray[np.float64]:
     step = max(1, _CHUNK // tensor.columns)
     parts = []
     for a in range(0, tensor.shape[0], step):
-        squares = np.square(tensor.to_float32(slice(a, a + step)))
-        weighted = squares.sum(1, dtype=np.float64) if diagonal is None else squares @ diagonal
-        parts.append(weighted)
+        weights = tensor.to_float32(slice(a, a + step))
+        parts.append(np.einsum("rc,rc->r", weights, weights, dtype=np.float64))
     return np.concatenate(parts)
 
 
