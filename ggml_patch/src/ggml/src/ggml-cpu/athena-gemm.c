@@ -144,10 +144,12 @@ static void pack_panel(const block_q8_a64 * const * y, int64_t tokens, athena_pa
     }
     for (int c = 0; c < ATHENA_GROUP; c += 4*ATHENA_PANEL) {
         athena_vector v[ATHENA_PANEL];
+        ATHENA_UNROLL(ATHENA_PANEL)
         for (int i = 0; i < ATHENA_PANEL; i++) {
             v[i] = load_vector(b[i]->qs + c);
         }
         transpose(v);
+        ATHENA_UNROLL(ATHENA_PANEL)
         for (int i = 0; i < ATHENA_PANEL; i++) {
             store_vector(panel->q[c/4 + i], v[i]);
         }
@@ -317,26 +319,27 @@ static void kernel_amx(const uint8_t * levels, const float * scales, const athen
 
 #endif
 
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 // Sums of 16 rows and a panel to their places.
 static void store_sums(float * sums, int64_t rows, int64_t tokens, float * const * out) {
     for (int64_t r = 0; r < ATHENA_TILE_ROWS && r < rows; r += ATHENA_PANEL) {
         athena_vector v[ATHENA_PANEL];
+        ATHENA_UNROLL(ATHENA_PANEL)
         for (int i = 0; i < ATHENA_PANEL; i++) {
             v[i] = load_vector(sums + (r + i)*ATHENA_PANEL);
         }
         transpose(v);
-        if (rows - r >= ATHENA_PANEL && tokens == ATHENA_PANEL) {
-            for (int i = 0; i < ATHENA_PANEL; i++) {
-                store_vector(out[i] + r, v[i]);
-            }
-            continue;
+        const bool full = rows - r >= ATHENA_PANEL && tokens == ATHENA_PANEL;
+        float part[ATHENA_PANEL][ATHENA_PANEL];
+        ATHENA_UNROLL(ATHENA_PANEL)
+        for (int i = 0; i < ATHENA_PANEL; i++) {
+            store_vector(full ? out[i] + r : part[i], v[i]);
         }
-        for (int64_t i = 0; i < ATHENA_PANEL; i++) {
-            float last[ATHENA_PANEL];
-            store_vector(last, v[i]);
-            if (i < tokens) {
-                memcpy(out[i] + r, last, (size_t) (rows - r < ATHENA_PANEL ? rows - r : ATHENA_PANEL)*sizeof(float));
-            }
+        for (int64_t i = 0; i < tokens && !full; i++) {
+            memcpy(out[i] + r, part[i], (size_t) least(rows - r, ATHENA_PANEL)*sizeof(float));
         }
     }
 }
@@ -371,7 +374,7 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
             } else {
                 for (int g = 0; g < groups; g++) {
                     const block_q8_a64 * y[ATHENA_PANEL];
-                    const int64_t n = task->tokens - p*ATHENA_PANEL < ATHENA_PANEL ? task->tokens - p*ATHENA_PANEL : ATHENA_PANEL;
+                    const int64_t n = least(task->tokens - p*ATHENA_PANEL, ATHENA_PANEL);
                     for (int64_t i = 0; i < n; i++) {
                         y[i] = task->y[p*ATHENA_PANEL + i] + c/ATHENA_GROUP + g;
                     }
@@ -403,7 +406,7 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
 #endif
     for (int64_t p = 0; p < panels; p++) {
         for (int64_t t = 0; t < tiles; t++) {
-            const int64_t tokens = task->tokens - p*ATHENA_PANEL < ATHENA_PANEL ? task->tokens - p*ATHENA_PANEL : ATHENA_PANEL;
+            const int64_t tokens = least(task->tokens - p*ATHENA_PANEL, ATHENA_PANEL);
             float * out[ATHENA_PANEL];
             for (int64_t i = 0; i < tokens; i++) {
                 out[i] = task->out[p*ATHENA_PANEL + i] + t*ATHENA_TILE_ROWS;
