@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
-METHOD = 2  # raised when the same inputs give other losses
+METHOD = 3  # raised when the same inputs give other losses
 STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can make
-ROWS = 48  # encoded with each A type, at most
-SHARE = 16  # and at most one in so many
-FEWEST = 8  # but no fewer
+ROWS = 32  # encoded with each A type, at most
+SHARE = 24  # and at most one in so many
+FEWEST = 12  # but no fewer
 STANDARD_ROWS = 128  # made in each standard type, at most
 _CHUNK = 1 << 24  # weights looked at in one go
 
