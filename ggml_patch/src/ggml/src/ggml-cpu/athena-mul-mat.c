@@ -15,6 +15,11 @@ static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+// Whether chunks of the same size leave the threads idle for more than 15 % of the time.
+static bool idle(int64_t chunks, int64_t threads) {
+    return 100*chunks < 85*threads*div_up(chunks, threads);
+}
+
 static char * align64(char * p) {
     return (char *) (((uintptr_t) p + 63) & ~(uintptr_t) 63);
 }
@@ -82,14 +87,14 @@ bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_
     }
     ggml_barrier(params->threadpool);
 
-    // chunks of rows and, if that gives too few for the threads, of tokens
+    // chunks of rows; of tokens only where threads would have to wait, since each of those decodes the rows again
     int64_t chunk_rows = ATHENA_GEMM_ROWS, chunk_tokens = ATHENA_GEMM_TOKENS;
     int64_t row_chunks = div_up(rows, chunk_rows), token_chunks = div_up(tokens, chunk_tokens);
     while (params->nth > 1 && row_chunks*token_chunks*matrices < 4*params->nth && chunk_rows > ATHENA_TILE_ROWS) {
         chunk_rows /= 2;
         row_chunks = div_up(rows, chunk_rows);
     }
-    while (params->nth > 1 && row_chunks*token_chunks*matrices < 2*params->nth && chunk_tokens > 2*ATHENA_PANEL && chunk_tokens/2 < tokens) {
+    while (idle(row_chunks*token_chunks*matrices, params->nth) && chunk_tokens > 2*ATHENA_PANEL) {
         chunk_tokens /= 2;
         token_chunks = div_up(tokens, chunk_tokens);
     }
