@@ -73,11 +73,12 @@ def run(*command: object, status: int | None = 0) -> str:
     return said
 
 
-def compile_c(target: Path, flags: list[str], extra: list[Path]) -> None:
+def compile_c(target: Path, flags: list[str], extra: list[Path], with_compiler: str | None = None) -> None:
     includes = [f"-I{tree() / 'ggml' / 'include'}", f"-I{SOURCE}", f"-I{SOURCE / 'ggml-cpu'}"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     files = [str(f) for f in [*FILES, C_TESTS / "ggml_abort.c", *extra]]
-    command = [compiler(), "-std=c11", "-O2", *warnings, *flags, *includes, *files, "-o", str(target), "-lm"]
+    command = [with_compiler or compiler(), "-std=c11", "-O2", *warnings, *flags, *includes, *files]
+    command += ["-o", str(target), "-lm"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

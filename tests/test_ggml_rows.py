@@ -1,5 +1,6 @@
 """The C row decoders, dot products and quantizers against NumPy."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -110,6 +111,19 @@ def test_random_bytes_under_sanitizers(build: str, tmp_path: Path) -> None:
     sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
     ggml_library.compile_c(program, flags, sources)
     result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod"])
+def test_random_bytes_on_arm(architecture: str, tmp_path: Path) -> None:
+    """NEON with and without its dot product instructions, in an emulator."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("no compiler for ARM, or no qemu-aarch64")
+    program = tmp_path / "random_rows"
+    sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
+    ggml_library.compile_c(program, [f"-march={architecture}", "-static"], sources, compiler)
+    result = subprocess.run([emulator, program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,5 +1,6 @@
 // Random bytes as rows of every type, in heap buffers of exactly their size, through every decoder; then random floats
-// (some of them not finite) through every quantizer. For the sanitizers; also fails where a value is not finite.
+// (some of them not finite) through every quantizer. For the sanitizers; also fails where a value is not finite, or where
+// the integer sums of the dot products for this processor and of the plain ones differ.
 
 #include "athena.h"
 
@@ -74,6 +75,16 @@ static void test_row(const kind * k, int64_t columns) {
     k->dot((int) columns, &s[0], 0, row, 0, activations, 0, 1);
     k->dot_generic((int) columns, &s[1], 0, row, 0, activations, 0, 1);
     expect(all_finite(s, 2), "a dot product is not finite", columns);
+
+    // one group alone: a float holds its integer sum times its scale exactly
+    for (int64_t g = 0; g < columns/64; g++) {
+        for (int64_t i = 0; i < columns/64; i++) {
+            activations[i].d = i == g ? 1.0f : 0.0f;
+        }
+        k->dot((int) columns, &s[0], 0, row, 0, activations, 0, 1);
+        k->dot_generic((int) columns, &s[1], 0, row, 0, activations, 0, 1);
+        expect(s[0] == s[1], "a sum is not that of the plain code", columns);
+    }
 
     for (int64_t i = 0; i < columns; i++) {
         const uint32_t bits = random_bits(); // any float, not-a-number and infinities among them

@@ -6,17 +6,10 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #define ATHENA_HAVE_AVX2
 
-#include "ggml-athena.h"
+#include "athena.h"
 #include "ggml-athena-tables.h"
 
 #include <immintrin.h>
-
-// The decoders are written once and inlined into both of their uses.
-#if defined(__GNUC__)
-#define ATHENA_INLINE inline __attribute__((always_inline))
-#else
-#define ATHENA_INLINE inline
-#endif
 
 // A tile of a matrix product: 64 columns of 16 rows, row after row.
 #define ATHENA_TILE_ROWS  16

@@ -2,6 +2,7 @@
 
 #include "athena.h"
 #include "athena-avx512.h"
+#include "athena-neon.h"
 
 static float vec_dot_generic(enum ggml_type type, int n, const uint8_t * x, const block_q8_a64 * y) {
     assert(n % ATHENA_GROUP == 0);
@@ -59,6 +60,22 @@ ATHENA_DEFINE_DOT(a4)
 
 void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
     athena_quantize_q8_a64_avx2(x, y, k);
+}
+
+#elif defined(ATHENA_HAVE_NEON)
+
+#define ATHENA_DEFINE_DOT(type, TYPE) \
+    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
+        ATHENA_UNUSED_STRIDES; \
+        *s = athena_dot_neon(TYPE, &athena_tables_##type, n, vx, vy); \
+    }
+
+ATHENA_DEFINE_DOT(a2, GGML_TYPE_A2)
+ATHENA_DEFINE_DOT(a3, GGML_TYPE_A3)
+ATHENA_DEFINE_DOT(a4, GGML_TYPE_A4)
+
+void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    quantize_row_q8_a64_ref(x, y, k);
 }
 
 #else

@@ -4,6 +4,13 @@
 
 #include "ggml-athena.h"
 
+// For code that is written once and specialized where it is used: for a type, or for dot products and tiles.
+#if defined(__GNUC__)
+#define ATHENA_INLINE inline __attribute__((always_inline))
+#else
+#define ATHENA_INLINE inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
