@@ -23,6 +23,7 @@ class _Commands(TyperGroup):
             print(f"{red}error: {' '.join(str(error).split())}{plain}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
 
 

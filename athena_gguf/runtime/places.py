@@ -44,5 +44,6 @@ def binary(name: str, folder: Path | None = None) -> Path:
     """A built tool such as `llama-completion`. Raises AthenaError if it is not built."""
     path = binary_dir(folder) / (name + (".exe" if sys.platform == "win32" else ""))
     if not path.is_file():
-        raise AthenaError(f"{path} does not exist; run `athena-gguf runtime build` first")
+        where = f" --dir {folder}" if folder else ""
+        raise AthenaError(f"{path} does not exist; run `athena-gguf runtime build{where}` first")
     return path
