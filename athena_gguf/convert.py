@@ -57,6 +57,11 @@ class ConvertOptions:
     tune: bool | None = None
     dry_run: bool = False
 
+    @property
+    def texts(self) -> list[Path]:
+        """The files among `calibration`."""
+        return [Path(name) for name in self.calibration if name != "self"]
+
 
 @dataclass
 class Stages:
@@ -109,7 +114,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
         with stages.timed("encoding"):
             encoded = _encode(base_path, plan, curvatures, options)
         norms: dict[str, Any] = {}
-        if tune:
+        if options.tune:
             with stages.timed("tuning"):
                 norms = _tune(model_dir, base_path, plan, encoded, device, options)
         with stages.timed("writing"):
@@ -143,11 +148,11 @@ def _check(out: Path, options: ConvertOptions) -> Any:
         )
     if options.device not in ("auto", "cpu", "cuda"):
         raise AthenaError(f"--device {options.device}: choose from auto, cpu, cuda")
-    for name in options.calibration:
-        if name != "self" and not Path(name).is_file():
-            raise AthenaError(f"--calibration {name}: no such file")
-        if name != "self" and not Path(name).stat().st_size:
-            raise AthenaError(f"--calibration {name}: the file is empty")
+    for path in options.texts:
+        if not path.is_file():
+            raise AthenaError(f"--calibration {path}: no such file")
+        if not path.stat().st_size:
+            raise AthenaError(f"--calibration {path}: the file is empty")
     if out.is_dir():
         raise AthenaError(f"{out} is a folder; name a file in it")
     if not out.parent.is_dir():
@@ -213,8 +218,7 @@ def _calibration(
     from athena_gguf.model import load_model
 
     tokens = options.calibration_tokens or CALIBRATION_TOKENS
-    texts = [Path(name) for name in options.calibration if name != "self"]
-    files = [*texts, *([options.base] if options.base else [])]
+    files = [*options.texts, *([options.base] if options.base else [])]
     key = store.fingerprint(
         model_dir, files, list(options.calibration), tokens, WINDOW, options.seed, str(device), sorted(plan.curved)
     )
@@ -282,7 +286,7 @@ def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) 
     from athena_gguf.model import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
-    files = [Path(name) for name in options.calibration if name != "self"]
+    files = options.texts
     share = tokens // 2 if files and "self" in options.calibration else tokens
     parts = []
     if files:
@@ -324,8 +328,10 @@ def _allocate(
     if target is not None:
         metadata["athena.predicted_kld"] = 0.0  # counts for the size
         choose_types(base_path, plan, losses, target, metadata)
-        metadata["athena.predicted_kld"] = predicted_kld(plan, losses)
-    return predicted_kld(plan, losses)
+    predicted = predicted_kld(plan, losses)
+    if target is not None:
+        metadata["athena.predicted_kld"] = predicted
+    return predicted
 
 
 def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
 
     import torch
 
-    from athena_gguf.encode import EncodeOptions, EncodePool, Metric
+    from athena_gguf.encode import EncodeOptions, EncodePool, layer_metric
     from athena_gguf.encode.pool import PIECE
     from athena_gguf.format import TYPES
     from athena_gguf.gguf_file import GGUFFile
@@ -365,10 +371,7 @@ def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: Co
             if not names:
                 continue
             columns = base.tensors[names[0]].columns
-            try:
-                metric = Metric.identity(columns) if matrix is None else Metric(matrix, settings.damping)
-            except ValueError as error:
-                raise AthenaError(f"tensor {names[0]}: {error}; give more or other calibration text") from error
+            metric = layer_metric(matrix, columns, settings.damping, names[0])
             for name in names:
                 weight = torch.from_numpy(base.tensors[name].to_float32())
                 waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))

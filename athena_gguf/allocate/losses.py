@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from athena_gguf import progress
-from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.gguf_file.types import row_bytes
@@ -68,7 +67,7 @@ def measure_losses(
 
     `settings`: the `EncodeOptions` of the conversion. Raises AthenaError naming the tensor if its curvature is none.
     """
-    from athena_gguf.encode import EncodePool
+    from athena_gguf.encode import EncodePool, layer_metric
 
     losses: Losses = {}
     with (
@@ -87,7 +86,9 @@ def measure_losses(
                 advance(plan.elements(name))
 
         for matrix, names in _groups(plan, curvatures):
-            metric = _metric(matrix, names, plan, settings.damping)
+            metric = None
+            if any(name in plan.fitting for name in names):
+                metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0])
             for name in names:
                 rng = np.random.default_rng([seed, len(losses) + len(waiting)])
                 tensor = base.tensors[name].flat
@@ -120,17 +121,6 @@ def _groups(plan: Plan, curvatures: list[Curvature]) -> Iterator[tuple[torch.Ten
     for name in plan.shapes:
         if name not in measured:
             yield None, [name]
-
-
-def _metric(matrix: torch.Tensor | None, names: list[str], plan: Plan, damping: float) -> Metric | None:
-    from athena_gguf.encode import Metric
-
-    if not any(name in plan.fitting for name in names):
-        return None
-    try:
-        return Metric.identity(plan.shapes[names[0]][-1]) if matrix is None else Metric(matrix, damping)
-    except ValueError as error:
-        raise AthenaError(f"tensor {names[0]}: {error}; give more or other calibration text") from error
 
 
 def _sensitivities(base: GGUFFile, plan: Plan, curvatures: list[Curvature], lookup: Lookup) -> dict[str, _Sensitivity]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from athena_gguf.errors import AthenaError
 from athena_gguf.format import LANES
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ class Metric:
         import torch
 
         return cls(torch.eye(columns), 0.0)
+
+
+def layer_metric(curvature: torch.Tensor | None, columns: int, damping: float, tensor_name: str) -> Metric:
+    """Of the curvature of a tensor's input, plain squared error if there is none. Raises AthenaError naming the tensor
+    if the curvature is not positive semidefinite."""
+    try:
+        return Metric.identity(columns) if curvature is None else Metric(curvature, damping)
+    except ValueError as error:
+        raise AthenaError(f"tensor {tensor_name}: {error}; give more or other calibration text") from error
 
 
 def _inverse_factor(h: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +35,15 @@ def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int,
 
 def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list[LinearLayer]:
     """The linear layers of `model` with a tensor of their name in the base file, whatever its shape."""
-    import gguf
     import torch
 
-    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in by_name:
-        raise AthenaError(f"architecture {architecture!r} is unknown to the installed gguf package; update it")
-    names = gguf.get_tensor_name_map(by_name[architecture], model.config.get_text_config().num_hidden_layers)
+    name_of = tensor_namer(model, architecture)
     found = []
     head = model.get_output_embeddings()
     for module_name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        # llama.cpp's converter drops this part of the names of models that also see or hear.
-        name = module_name.replace("language_model.", "")
-        tensor_name = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        tensor_name = name_of(module_name)
         if module is head and tensor_name is None:
             tensor_name = "output.weight"  # unknown to gguf where the embeddings are always used for it
         if tensor_name == "output.weight" and tensor_name not in tensors:
@@ -57,3 +51,22 @@ def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list
         if tensor_name is not None and tensor_name in tensors:
             found.append(LinearLayer(module_name, tensor_name, module))
     return found
+
+
+def tensor_namer(model: Any, architecture: str) -> Callable[[str], str | None]:
+    """What names the tensor of a module's weight, None if gguf knows none. Raises AthenaError for an architecture that
+    gguf does not know."""
+    import gguf
+
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in by_name:
+        raise AthenaError(f"architecture {architecture!r} is unknown to the installed gguf package; update it")
+    names = gguf.get_tensor_name_map(by_name[architecture], model.config.get_text_config().num_hidden_layers)
+
+    def name_of(module_name: str) -> str | None:
+        # llama.cpp's converter drops this part of the names of models that also see or hear.
+        name = module_name.replace("language_model.", "")
+        found: str | None = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        return found
+
+    return name_of

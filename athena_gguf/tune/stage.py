@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from athena_gguf import progress
 from athena_gguf.format import TYPES
-from athena_gguf.gguf_file import GGUFFile, quantize
+from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.plan import Plan
 from athena_gguf.tune.train import Quantized, Tuned, TuneOptions, tune
 
@@ -29,11 +28,16 @@ def tune_encoded(
         if name in encoded:
             return Quantized(TYPES[plan.encoded[name]], encoded[name].data, rows)
         if name in plan.standard:
-            return Quantized(None, _through(rows, plan.standard[name]), rows)
+            kind = plan.standard[name]
+            return Quantized(None, Tensor("", rows.shape, kind, quantize(rows, kind)).to_float32(), rows)
         return None
 
-    matrices = {layer.module_name: layer.tensor_name for layer in named_layers(model, plan.architecture, base.tensors)}
     embeddings = model.get_input_embeddings()
+    matrices = {
+        layer.module_name: layer.tensor_name
+        for layer in named_layers(model, plan.architecture, base.tensors)
+        if layer.module.weight is not embeddings.weight
+    }
     names = {id(module): name for name, module in model.named_modules()}
     matrices[names[id(embeddings)]] = "token_embd.weight"
     options = TuneOptions()
@@ -45,28 +49,17 @@ def tune_encoded(
     return found
 
 
-def _through(rows: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.float32]:
-    """Weights as a standard type returns them."""
-    import gguf
-
-    data = quantize(rows, kind)
-    if kind in ("F32", "F16"):
-        return data.view(np.float32 if kind == "F32" else np.float16).astype(np.float32).reshape(rows.shape)
-    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(rows.shape)
-
-
 def _norms(model: Any, plan: Plan, base: GGUFFile) -> dict[str, str]:
     """Modules with one weight a column that the file holds as they are or plus one (as Gemma's), by module name."""
-    import gguf
+    from athena_gguf.model.linear import tensor_namer
 
-    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(by_name[plan.architecture], model.config.get_text_config().num_hidden_layers)
+    name_of = tensor_namer(model, plan.architecture)
     found = {}
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or weight.ndim != 1:
             continue
-        tensor_name = names.get_name(f"{module_name.replace('language_model.', '')}.weight", try_suffixes=(".weight",))
+        tensor_name = name_of(module_name)
         if tensor_name not in base.tensors or base.tensors[tensor_name].type_name != "F32":
             continue
         ours, theirs = base.tensors[tensor_name].to_float32(), weight.detach().float().cpu().numpy()

@@ -76,7 +76,8 @@ def tune(
 ) -> Tuned:
     """Tune the scales and norms of a quantized `model` on `windows` [n, length] of token ids.
 
-    `matrices`, `norms`: module name to tensor name, of linear layers and embeddings, and of norms that may learn.
+    `matrices`, `norms`: module name to tensor name, of linear layers and embeddings (of modules that share a weight
+    only the embeddings), and of norms that may learn.
     `quantized` gives a tensor as the file has it, None if it is not quantized. `advance` is called with the windows
     done. Raises AthenaError if there are too few windows or the loss is not finite.
     """
@@ -139,18 +140,16 @@ def _student(model: Any, matrices: Mapping[str, str], quantized: Callable[[str],
     from athena_gguf.tune.student import ScaledLinear, row_order
 
     student = copy.deepcopy(model)
-    embeddings = student.get_input_embeddings().weight
     for name, tensor_name in matrices.items():
         tensor = quantized(tensor_name)
         if tensor is None:
             continue
         module = student.get_submodule(name)
         weight = module.weight.detach()
-        original = model.get_submodule(name).weight.detach()  # the student's may be tied to one replaced already
-        order = row_order(tensor.rows, original.to(torch.bfloat16).float().cpu().numpy())
+        order = row_order(tensor.rows, weight.to(torch.bfloat16).float().cpu().numpy())
         if order is None:
             raise AthenaError(f"tuning: {tensor_name} holds other rows than the model; use --no-tune")
-        if tensor.kind is None or not isinstance(module, torch.nn.Linear) or module.weight is embeddings:
+        if tensor.kind is None or not isinstance(module, torch.nn.Linear):
             weight.copy_(torch.from_numpy(tensor.decoded()[order]))
         else:
             new = ScaledLinear(tensor.kind, tensor.data, order, module.bias).to(weight.device)
