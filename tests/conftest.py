@@ -4,13 +4,16 @@ The scripts of tools/ are importable by name.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
 import athena_gguf.runtime
+from athena_gguf.convert import ConvertOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -38,6 +41,38 @@ def tiny_base(tiny_model: Path, runtime: Path, tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("tiny") / "base.gguf"
     write_base(tiny_model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text of 4,000 words that the small model's tokenizer knows."""
+    import tiny_model
+
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(tiny_model.words(4000))
+    return path
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration windows that the small model's texts fill many of."""
+    monkeypatch.setattr("athena_gguf.convert.WINDOW", 64)
+
+
+@pytest.fixture
+def options(text: Path, tiny_base: Path) -> Callable[..., ConvertOptions]:
+    """Options of a quick conversion of the small model; keywords change them."""
+
+    def make(**changes: Any) -> ConvertOptions:
+        settings: dict[str, Any] = {
+            "calibration": (str(text),),
+            "calibration_tokens": 1024,
+            "base": tiny_base,
+            "device": "cpu",
+        }
+        return ConvertOptions(**(settings | changes))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 import tiny_model as tiny
 import torch
 
-from athena_gguf import convert as convert_module
 from athena_gguf.allocate import PRESETS, parse_target
 from athena_gguf.allocate.losses import candidates, measure_losses
 from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
@@ -21,6 +20,7 @@ from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.plan import make_plan
 
 FREE = {"A2", "A3", "A4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16"}
+pytestmark = pytest.mark.usefixtures("short_windows")
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +29,9 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("work")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(tiny.words(4000))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def short_windows(monkeypatch):
-    monkeypatch.setattr(convert_module, "WINDOW", 64)
-
-
 @pytest.fixture
-def options(text, tiny_base, work):
-    def make(**changes):
-        settings = {"calibration": (str(text),), "calibration_tokens": 1024, "base": tiny_base, "device": "cpu"}
-        return ConvertOptions(**(settings | {"work_dir": work} | changes))
-
-    return make
+def options(options, work):
+    return lambda **changes: options(**({"work_dir": work} | changes))
 
 
 def planned(capsys):

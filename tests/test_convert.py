@@ -33,29 +33,7 @@ LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ff
 # Squared error over squared weights, at most: 3 to 6 dB above that of rounding without a curvature (docs/format.md), as
 # the curvature of such a small text lets errors go where the loss does not see them.
 NOISE = {"A2": 0.5, "A3": 0.15, "A4": 0.05}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(tiny.words(4000))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def short_windows(monkeypatch):
-    monkeypatch.setattr(convert_module, "WINDOW", 64)
-
-
-@pytest.fixture
-def options(text, tiny_base):
-    """A quick conversion of the small model; keywords change it."""
-
-    def make(**changes):
-        settings = {"calibration": (str(text),), "calibration_tokens": 1024, "base": tiny_base, "device": "cpu"}
-        return ConvertOptions(**(settings | changes))
-
-    return make
+pytestmark = pytest.mark.usefixtures("short_windows")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@
 // TOKENS is 0 for dot products. The seconds are those that the thread spent on the CPU.
 
 #include "ggml.h"
+
+#include "../tests/c/cpu_memory.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
@@ -64,23 +66,6 @@ static candidate prepare(enum ggml_type type, const float * weights, const float
     ggml_get_type_traits_cpu(c.traits->vec_dot_type)->from_float(x, c.activations, columns);
     free(importance);
     return c;
-}
-
-// The first of the CPU's memory types that multiplies such weights: llama.cpp tries them in the same order.
-static ggml_backend_buffer_type_t memory_for(struct ggml_tensor * weights, const struct ggml_tensor * product) {
-    ggml_backend_reg_t reg = ggml_backend_cpu_reg();
-    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(reg, 0);
-    ggml_backend_dev_get_extra_bufts_t extra = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * type = extra ? extra(dev) : NULL; type && *type; type++) {
-        weights->buffer = ggml_backend_buft_alloc_buffer(*type, 0);
-        const bool good = ggml_backend_dev_supports_op(dev, product);
-        ggml_backend_buffer_free(weights->buffer);
-        weights->buffer = NULL;
-        if (good) {
-            return *type;
-        }
-    }
-    return ggml_backend_cpu_buffer_type();
 }
 
 // The graph of one product with `tokens` columns of activations.

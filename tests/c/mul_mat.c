@@ -3,6 +3,8 @@
 // multiplied with a Q8_0 matrix, in the memory type that llama.cpp would choose (AMX where there is one): our product must
 // leave the threads as it found them, so that both give the same.
 
+#include "cpu_memory.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -28,23 +30,6 @@ static void load(struct ggml_tensor * tensor, const char * path) {
     fclose(file);
     ggml_backend_tensor_set(tensor, data, 0, size);
     free(data);
-}
-
-static ggml_backend_buffer_type_t memory_for(struct ggml_tensor * weights, const struct ggml_tensor * product) {
-    ggml_backend_reg_t reg = ggml_backend_cpu_reg();
-    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(reg, 0);
-    ggml_backend_dev_get_extra_bufts_t extra =
-        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * type = extra ? extra(dev) : NULL; type && *type; type++) {
-        weights->buffer = ggml_backend_buft_alloc_buffer(*type, 0);
-        const bool good = ggml_backend_dev_supports_op(dev, product);
-        ggml_backend_buffer_free(weights->buffer);
-        weights->buffer = NULL;
-        if (good) {
-            return *type;
-        }
-    }
-    return ggml_backend_cpu_buffer_type();
 }
 
 static void fill_neighbour(struct ggml_tensor * weights) {
