@@ -141,8 +141,8 @@ def convert(
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
 ) -> None:
     """Quantize a Hugging Face model to a GGUF file."""
-    from athena_gguf.convert import ConvertOptions
-    from athena_gguf.convert import convert as run_convert
+    from athena_gguf.conversion import ConvertOptions
+    from athena_gguf.conversion import convert as run_convert
     from athena_gguf.memory import keep_freed_memory
 
     keep_freed_memory()

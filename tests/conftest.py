@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import athena_gguf.runtime
-from athena_gguf.convert import ConvertOptions
+from athena_gguf.conversion import ConvertOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -56,7 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration windows that the small model's texts fill many of."""
-    monkeypatch.setattr("athena_gguf.convert.WINDOW", 64)
+    monkeypatch.setattr("athena_gguf.conversion.WINDOW", 64)
 
 
 @pytest.fixture

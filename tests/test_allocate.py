@@ -12,7 +12,7 @@ from athena_gguf.allocate import PRESETS, parse_target
 from athena_gguf.allocate.losses import candidates, measure_losses
 from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
 from athena_gguf.calibration import Lookup, store
-from athena_gguf.convert import ConvertOptions, convert
+from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import athena_gguf.calibration
 import athena_gguf.gguf_file
 import athena_gguf.gguf_file.writer
-from athena_gguf import convert as convert_module
-from athena_gguf.convert import ConvertOptions, convert
+from athena_gguf import conversion as convert_module
+from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodePool
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from athena_gguf.convert import ConvertOptions, convert
+from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
 from athena_gguf.runtime import binary

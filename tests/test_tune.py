@@ -8,8 +8,8 @@ import pytest
 import tiny_model as tiny
 import torch
 
-from athena_gguf import convert as convert_module
-from athena_gguf.convert import ConvertOptions, convert
+from athena_gguf import conversion as convert_module
+from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.format import GROUP, TYPES, decode_rows, decode_scale, encode_scale, unpack_rows
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.report.evaluate import evaluate
