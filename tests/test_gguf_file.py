@@ -119,6 +119,16 @@ def test_damaged_header_never_escapes(tiny_gguf, tmp_path):
     assert refused > 500
 
 
+def test_overlapping_tensors_are_refused(tiny_gguf):
+    data = bytearray(tiny_gguf.read_bytes())
+    at = data.index(b"linear.weight") + len("linear.weight") + 4 + 8 * 2 + 4  # dimensions, their number, the type
+    assert int.from_bytes(data[at : at + 8], "little") == 384  # after 96 floats
+    data[at : at + 8] = (352).to_bytes(8, "little")
+    tiny_gguf.write_bytes(data)
+    with pytest.raises(AthenaError, match=r"tensors norm\.weight and linear\.weight overlap"):
+        GGUFFile(tiny_gguf)
+
+
 def test_absent_or_foreign_files(tmp_path):
     with pytest.raises(AthenaError, match=r"absent\.gguf"):
         GGUFFile(tmp_path / "absent.gguf")

@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,10 @@ class GGUFFile:
         start = cursor.at + -cursor.at % self.alignment
         for name, (shape, kind, offset) in infos.items():
             self.tensors[name] = self._tensor(name, shape, kind, start + offset)
+        places = sorted((offset, name) for name, (_, _, offset) in infos.items())
+        for (offset, name), (following, other) in pairwise(places):
+            if offset + self.tensors[name].n_bytes > following:
+                raise AthenaError(f"{self.path}: tensors {name} and {other} overlap; the file is corrupt")
 
     def _check_format_version(self) -> None:
         field = self.fields.get("athena.format_version")
