@@ -128,6 +128,16 @@ def convert(
         typer.Option("--embedding-type", help="Type of the embeddings. [default: Q8_0; with a target, what suits it]"),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", help="What may be taken of the GPU's memory, as 12GiB. [default: what is free]"),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory", help="Memory that the model and its activations may take. [default: most of what is free]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the calibration text and the rows sampled.")] = 0,
     tune: Annotated[
         bool | None,
@@ -147,7 +157,7 @@ def convert(
 
     keep_freed_memory()
     options = ConvertOptions(
-        type=type_name and type_name.upper(),
+        type=type_name,
         bpw=bpw,
         size=size,
         fit_memory=fit_memory,
@@ -156,12 +166,14 @@ def convert(
         dry_run=dry_run,
         calibration=tuple(calibration or ("self",)),
         calibration_tokens=calibration_tokens,
-        embedding_type=embedding_type and embedding_type.upper(),
+        embedding_type=embedding_type,
         device=device,
         seed=seed,
         work_dir=work_dir,
         base=base,
         tune=tune,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
     )
     run_convert(model, out, options)
 

@@ -22,14 +22,15 @@ from athena_gguf.lock import locked
 
 if TYPE_CHECKING:
     from athena_gguf.allocate import Target
-    from athena_gguf.calibration import Curvature
+    from athena_gguf.calibration.stage import Memory, Stage
     from athena_gguf.calibration.store import Calibration
-    from athena_gguf.model import LinearLayer
+    from athena_gguf.encode.finished import FinishedTensors
+    from athena_gguf.summary import Result
 
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
-IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger tensor waits alone
+TUNE_BYTES = 24 << 30  # of the activations, gradients and optimizer while tuning, about
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ConvertOptions:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
     `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base file
     made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the plan and
-    write no result."""
+    write no result. `gpu_memory`, `host_memory`: what the work may take, None for most of what is free."""
 
     type: str | None = None
     bpw: float | None = None
@@ -56,6 +57,27 @@ class ConvertOptions:
     base: Path | None = None
     tune: bool | None = None
     dry_run: bool = False
+    gpu_memory: str | None = None
+    host_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        """Types in capitals, whatever was given; paths as paths, and one calibration text as a tuple of one."""
+        for name in ("type", "embedding_type"):
+            object.__setattr__(self, name, value.upper() if (value := getattr(self, name)) else None)
+        for name in ("work_dir", "base"):
+            object.__setattr__(self, name, Path(value) if (value := getattr(self, name)) else None)
+        given = self.calibration
+        texts = (given,) if isinstance(given, str | os.PathLike) else given
+        object.__setattr__(self, "calibration", tuple(os.fspath(text) for text in texts))
+
+    @property
+    def memory(self) -> tuple[int | None, int | None]:
+        """Bytes of `gpu_memory` and `host_memory`. Raises AthenaError for what is no size."""
+        from athena_gguf.allocate.target import parse_bytes
+
+        given = {"--gpu-memory": self.gpu_memory, "--host-memory": self.host_memory}
+        gpu, host = (parse_bytes(option, text) if text else None for option, text in given.items())
+        return gpu, host
 
     @property
     def texts(self) -> list[Path]:
@@ -76,19 +98,20 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
-def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | None = None) -> None:
+def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | None = None) -> Result:
     """Quantize the model in `model_dir` and write `out`, which appears only when it is complete.
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
+    from athena_gguf.calibration.stage import Memory, Stage
+    from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
     from athena_gguf.summary import print_plan, print_summary
 
     model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
     target, device = _target(options), _check(out, options)
-    tune = device.type == "cuda" if options.tune is None else options.tune
-    options = replace(options, device=device.type, tune=tune)
+    options = replace(options, device=device.type)
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
     stages = Stages()
@@ -100,26 +123,31 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
             if not options.dry_run:
                 require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
-        measured = _calibration(model_dir, plan, base_path, work, device, options, stages)
-        curvatures = measured.curvatures
-        for name in sorted(plan.curved - {name for c in curvatures for name in c.tensor_names}):
-            plan.keep_standard(name, "no linear layer of the model feeds it")
-        metadata = _metadata(curvatures, options, target)
+        memory = Memory.of(device, *options.memory)
+        tokens = options.calibration_tokens or CALIBRATION_TOKENS
+        stage = Stage(model_dir, base_path, plan, work, device, memory, options, tokens, WINDOW)
+        calibration = stage.calibration(stages.timed)
+        metadata = _metadata(options, target, stage.tokens)
         if target or options.dry_run:
+            for _ in calibration.stream():  # a choice of types needs them all
+                pass
+            for name in sorted(calibration.absent):
+                plan.keep_standard(name, NOT_FED)
             with stages.timed("allocation"):
-                predicted = _allocate(base_path, plan, measured, target, metadata, work, options)
+                predicted = _allocate(base_path, plan, calibration, target, metadata, work, device, options)
         if options.dry_run:
-            print_plan(base_path, plan, metadata, predicted)
-            return
-        with stages.timed("encoding"):
-            encoded = _encode(base_path, plan, curvatures, options)
-        norms: dict[str, Any] = {}
-        if options.tune:
+            return print_plan(base_path, plan, metadata, predicted)
+        encoded = encode_tensors(base_path, plan, calibration, work / "encoded", device, stages.timed)
+        metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
+        changes: dict[str, tuple[str, Any]] = {}
+        if _tunes(options, plan, device, memory):
             with stages.timed("tuning"):
-                norms = _tune(model_dir, base_path, plan, encoded, device, options)
+                changes = _tune(stage, encoded)
+        metadata["athena.tuned"] = bool(changes)
         with stages.timed("writing"):
-            _write(base_path, out, plan, encoded, norms, metadata)
-    print_summary(out, plan, encoded, curvatures, stages.seconds)
+            _write(base_path, out, plan, encoded, changes, metadata)
+        encoded.remove()
+    return print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
 
 
 def _target(options: ConvertOptions) -> Target | None:
@@ -148,6 +176,8 @@ def _check(out: Path, options: ConvertOptions) -> Any:
         )
     if options.device not in ("auto", "cpu", "cuda"):
         raise AthenaError(f"--device {options.device}: choose from auto, cpu, cuda")
+    if options.memory[0] and options.device == "cpu":
+        raise AthenaError("--gpu-memory is for a GPU; leave it out with --device cpu")
     for path in options.texts:
         if not path.is_file():
             raise AthenaError(f"--calibration {path}: no such file")
@@ -208,114 +238,14 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
     return path
 
 
-def _calibration(
-    model_dir: Path, plan: Any, base_path: Path, work: Path, device: Any, options: ConvertOptions, stages: Stages
-) -> Calibration:
-    """The curvature of every input of the planned layers, from the work directory if it was measured before."""
-    import torch
-
-    from athena_gguf.calibration import Lookup, measure_curvature, store
-    from athena_gguf.model import load_model
-
-    tokens = options.calibration_tokens or CALIBRATION_TOKENS
-    files = [*options.texts, *([options.base] if options.base else [])]
-    key = store.fingerprint(
-        model_dir, files, list(options.calibration), tokens, WINDOW, options.seed, str(device), sorted(plan.curved)
-    )
-    path = work / "curvature.pt"
-    kept = store.load(path, key)
-    if kept is not None:
-        progress.note("curvature: taken from the work directory")
-        return kept
-    model = load_model(model_dir, device, torch.float32)
-    layers = _layers(model, plan, base_path, options.base is not None)
-    lookup = Lookup()
-    with stages.timed("calibration text"):
-        windows = _windows(model_dir, model, tokens, options)
-    batch = 2 if device.type == "cpu" else 16
-    bar = progress.bar("curvature of the loss", windows.numel())
-    with _bfloat16_products(), stages.timed("curvature"), bar as advance:
-        try:
-            curvatures = measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
-        except torch.OutOfMemoryError as error:
-            raise AthenaError(
-                f"{model_dir}: the GPU's memory is too small to measure the curvature: {error}; use --device cpu"
-            ) from error
-    measured = store.Calibration(key, curvatures, lookup)
-    if options.work_dir is not None:
-        store.save(path, measured)
-    return measured
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Products of bfloat16 numbers with sums in float32, where the processor has them: twice as fast, and accurate
-    enough for a sum over many tokens. Not for encoding, nor for single tokens, whose products take gigabytes then."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _layers(model: Any, plan: Any, base_path: Path, given: bool) -> list[LinearLayer]:
-    from athena_gguf.model import linear_layers
-    from athena_gguf.plan import other_weights
-
-    differences = other_weights(base_path, model, plan.architecture)
-    for name, what in differences.items():
-        if given:
-            raise AthenaError(f"{base_path}: tensor {name} {what}; give the base file of this model")
-        if name in plan.fitting:
-            plan.keep_standard(name, f"llama.cpp's converter rearranges it: it {what}")
-    layers = [
-        layer for layer in linear_layers(model, plan.architecture, plan.shapes) if layer.tensor_name in plan.curved
-    ]
-    if not layers:
-        raise AthenaError(f"no linear layer of this {plan.architecture} model can become an A type; see the warnings")
-    return layers
-
-
-def _windows(model_dir: Path, model: Any, tokens: int, options: ConvertOptions) -> Any:
-    import torch
-
-    from athena_gguf.calibration import self_generated_windows, text_windows
-    from athena_gguf.model import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    files = options.texts
-    share = tokens // 2 if files and "self" in options.calibration else tokens
-    parts = []
-    if files:
-        parts.append(text_windows(tokenizer, files, share, WINDOW, options.seed))
-    if "self" in options.calibration:
-        # Few threads on the CPU, since each holds the keys and values of a batch of windows.
-        batch, threads = (32, min(4, cores())) if model.device.type == "cpu" else (128, 1)
-        with progress.bar("calibration text, written by the model", share) as advance:
-            parts.append(
-                self_generated_windows(model, tokenizer, share, WINDOW, options.seed, batch, threads, advance=advance)
-            )
-    windows = torch.cat(parts)
-    if windows.numel() < tokens // 2:
-        progress.note(f"warning: the calibration text has only {windows.numel():,} tokens of {tokens:,}")
-    return windows
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _allocate(
     base_path: Path,
     plan: Any,
-    measured: Calibration,
+    calibration: Calibration,
     target: Target | None,
     metadata: dict[str, Any],
     work: Path,
+    device: Any,
     options: ConvertOptions,
 ) -> float:
     """Choose the types of the plan's free tensors for the target; the predicted KL divergence."""
@@ -323,7 +253,7 @@ def _allocate(
     from athena_gguf.encode import EncodeOptions
 
     losses = kept_losses(
-        work if options.work_dir else None, base_path, plan, measured, EncodeOptions(), cores(), options.seed
+        work if options.work_dir else None, base_path, plan, calibration, EncodeOptions(), device, options.seed
     )
     if target is not None:
         metadata["athena.predicted_kld"] = 0.0  # counts for the size
@@ -334,91 +264,64 @@ def _allocate(
     return predicted
 
 
-def _encode(base_path: Path, plan: Any, curvatures: list[Curvature], options: ConvertOptions) -> dict[str, Any]:
-    """Encoded tensors by name. Works off one layer input after the other, a few of them in flight."""
-    from collections import deque
+def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
+    """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
+    if options.tune is not None:
+        return options.tune
+    if device.type != "cuda":
+        return False
+    fits = 10 * sum(map(plan.elements, plan.shapes)) + TUNE_BYTES <= memory.device
+    if not fits:
+        progress.note("scales and norms are not tuned: the GPU's memory is too small for this model twice in float32")
+    return fits
 
+
+def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
+    """Type and data of the tensors that tuning changes."""
     import torch
 
-    from athena_gguf.encode import EncodeOptions, EncodePool, layer_metric
-    from athena_gguf.encode.pool import PIECE
-    from athena_gguf.format import TYPES
-    from athena_gguf.gguf_file import GGUFFile
-
-    threads = cores()
-    done: dict[str, Any] = {}
-    groups: list[tuple[Any, list[str]]] = [
-        (c.matrix, [n for n in c.tensor_names if n in plan.encoded]) for c in curvatures
-    ]
-    groups += [(None, [n]) for n in plan.encoded if n not in plan.curved]  # embeddings that only look up rows
-    total = sum(plan.elements(n) for _, names in groups for n in names)
-    settings = EncodeOptions()
-    with (
-        GGUFFile(base_path) as base,
-        progress.bar("encoding", total) as advance,
-        EncodePool(settings, threads) as pool,
-    ):
-        waiting: deque[tuple[str, Any]] = deque()
-
-        def collect(elements: int) -> None:
-            """Wait until at most so many elements are in flight."""
-            while sum(plan.elements(name) for name, _ in waiting) > elements:
-                name, result = waiting.popleft()
-                done[name] = result()
-                advance(plan.elements(name))
-
-        for matrix, names in groups:
-            if not names:
-                continue
-            columns = base.tensors[names[0]].columns
-            metric = layer_metric(matrix, columns, settings.damping, names[0])
-            for name in names:
-                weight = torch.from_numpy(base.tensors[name].to_float32())
-                waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))
-                # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
-                collect(min(4 * threads * PIECE * columns, IN_FLIGHT))
-        collect(0)
-    return done
-
-
-def _tune(
-    model_dir: Path, base_path: Path, plan: Any, encoded: dict[str, Any], device: Any, options: ConvertOptions
-) -> dict[str, Any]:
-    """Put tuned scales into `encoded`; the tuned norms by tensor name."""
-    import torch
-
-    from athena_gguf.gguf_file import GGUFFile
+    from athena_gguf.calibration.precision import measuring
+    from athena_gguf.gguf_file import GGUFFile, quantize
     from athena_gguf.model import load_model
     from athena_gguf.tune.stage import tune_encoded
 
-    model = load_model(model_dir, device, torch.float32)
     # Other windows than the curvature's where the model writes them, more of the same text where files are given.
-    windows = _windows(model_dir, model, TUNE_TOKENS, replace(options, seed=options.seed + 1))
-    with GGUFFile(base_path) as base, _bfloat16_products():
+    seed = stage.options.seed
+    windows = stage.windows(TUNE_TOKENS, seed + 1)
+    model = load_model(stage.model_dir, stage.device, torch.float32)
+    with GGUFFile(stage.base_path) as base, measuring():
         try:
-            found = tune_encoded(model, base, plan, encoded, windows, options.seed)
+            found = tune_encoded(model, base, stage.plan, encoded, windows, seed)
         except torch.OutOfMemoryError as error:
-            raise AthenaError(f"{model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune") from error
-    for name, data in found.data.items():
-        encoded[name] = replace(encoded[name], data=data)
-    return found.norms
+            raise AthenaError(
+                f"{stage.model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune"
+            ) from error
+    norms = {name: ("F32", quantize(weight, "F32")) for name, weight in found.norms.items()}
+    return norms | {name: (stage.plan.encoded[name], data) for name, data in found.data.items()}
 
 
 def _write(
-    base_path: Path, out: Path, plan: Any, encoded: dict[str, Any], norms: dict[str, Any], metadata: dict[str, Any]
+    base_path: Path,
+    out: Path,
+    plan: Any,
+    encoded: FinishedTensors,
+    changes: dict[str, tuple[str, Any]],
+    metadata: dict[str, Any],
 ) -> None:
-    from athena_gguf.gguf_file import Replacement, quantize, write_quantized
+    import numpy as np
+
+    from athena_gguf.gguf_file import Replacement, write_quantized
     from athena_gguf.plan import file_type, standard_replacements
 
     changed = standard_replacements(base_path, plan)
-    for name, result in encoded.items():
-        changed[name] = Replacement(plan.encoded[name], partial(getattr, result, "data"))
-    for name, weight in norms.items():
-        changed[name] = Replacement("F32", partial(quantize, weight, "F32"))
+    for name in encoded:
+        changed[name] = Replacement(plan.encoded[name], partial(encoded.data, name))
+    for name, (kind, data) in changes.items():
+        changed[name] = Replacement(kind, partial(np.asarray, data))
     write_quantized(base_path, out, changed, metadata, file_type=file_type(plan))
 
 
-def _metadata(curvatures: list[Curvature], options: ConvertOptions, target: Target | None) -> dict[str, Any]:
+def _metadata(options: ConvertOptions, target: Target | None, tokens: int) -> dict[str, Any]:
     """The settings and versions that made a file; nothing in it depends on the clock or a path's folder."""
     from importlib.metadata import version
 
@@ -437,13 +340,13 @@ def _metadata(curvatures: list[Curvature], options: ConvertOptions, target: Targ
         "athena.version": __version__,
         **kinds,
         "athena.calibration": [name if name == "self" else Path(name).name for name in options.calibration],
-        "athena.calibration_tokens": curvatures[0].tokens,
+        "athena.calibration_tokens": tokens,
         "athena.calibration_window": WINDOW,
         "athena.seed": options.seed,
         "athena.device": options.device,
         "athena.damping": settings.damping,
         "athena.passes": settings.passes,
         "athena.sweeps": settings.sweeps,
-        "athena.tuned": bool(options.tune),
+        "athena.tuned": False,
         "athena.made_with": [f"{name} {version(name)}" for name in ("torch", "transformers", "numba", "numpy", "gguf")],
     }

@@ -1,6 +1,7 @@
-"""The C library's allocator, told to keep what was freed."""
+"""Processors and memory of this machine, and the C library's allocator, told to keep what was freed."""
 
 import ctypes
+import os
 import sys
 
 # Parameters of mallopt(3) in glibc's malloc.h.
@@ -22,3 +23,17 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that some versions take
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_bytes() -> int:
+    """Memory that can be had without swapping; half of all where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

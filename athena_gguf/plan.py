@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.format import GROUP, TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize
 from athena_gguf.gguf_file.types import row_bytes
+
+if TYPE_CHECKING:
+    from athena_gguf.model import LinearLayer
 
 EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 _BLOCK = 32  # columns of a block of Q8_0 and of every other standard type that is no float
@@ -115,10 +118,10 @@ def weight_count(model_dir: Path) -> int:
     """Numbers in the safetensors files of a model directory, from their headers."""
     from safetensors import safe_open
 
+    from athena_gguf.model.checkpoint import weight_files
+
     count = 0
-    for path in model_dir.glob("*.safetensors"):
-        if path.name.startswith("consolidated"):  # the same weights once more, as Mistral ships them
-            continue
+    for path in weight_files(model_dir):
         with safe_open(path, framework="numpy") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count
@@ -148,11 +151,13 @@ def predicted_bytes(base_path: Path, plan: Plan) -> int:
         )
 
 
-def other_weights(base_path: Path, model: Any, architecture: str) -> dict[str, str]:
+def other_weights(
+    base_path: Path, model: Any, architecture: str, columns: Callable[[LinearLayer, list[int]], Any]
+) -> dict[str, str]:
     """The matrices of the base file whose shape or weights are not those of the model's linear layer, and what differs.
 
-    Looks at a few columns only, and at them sorted, since the base file may permute rows. One that permutes columns
-    (as llama.cpp's converter does for some linear attention layers) shows here too.
+    Looks at a few columns only, which `columns` gives, and at them sorted, since the base file may permute rows. One
+    that permutes columns (as llama.cpp's converter does for some linear attention layers) shows here too.
     """
     import torch
 
@@ -168,7 +173,7 @@ def other_weights(base_path: Path, model: Any, architecture: str) -> dict[str, s
                 few = np.linspace(0, tensor.columns - 1, _COLUMNS).astype(int)
                 kind = torch.bfloat16 if tensor.type_name == "BF16" else torch.float16
                 ours = torch.from_numpy(tensor.data.view(np.int16)[:, few]).view(kind).float().sort(0).values
-                theirs = weight[:, few].detach().float().cpu().sort(0).values
+                theirs = columns(layer, few.tolist()).detach().float().cpu().sort(0).values
                 if not torch.allclose(ours, theirs, rtol=2**-8, atol=2**-24):
                     found[tensor.name] = "holds other weights than the model"
     return found

@@ -1,64 +1,135 @@
-"""What a long command is doing, on stderr: progress bars on a terminal, plain lines elsewhere."""
+"""What a long command is doing, on stderr: progress bars on a terminal, plain lines elsewhere; or warnings only, or a
+JSON object a line for programs (docs/scripting.md)."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
+
+Form = Literal["text", "quiet", "json"]
+Advance = Callable[[float], None]
 
 _LINE_SECONDS = 20.0  # between two plain lines of one bar
+_EVENT_SECONDS = 1.0  # between two JSON lines of one bar
+_WARNING = "warning: "
+_form: Form = "text"
+_shown: Any = None
 
-Advance = Callable[[float], None]
+
+def set_form(form: Form) -> None:
+    """For the whole process. `quiet`: warnings only, `json`: everything, an object a line."""
+    global _form
+    _form = form
 
 
 def note(text: str) -> None:
-    """One line."""
-    print(text, file=sys.stderr, flush=True)
+    """One line. In the quiet form only if it begins with "warning: "."""
+    warning = text.startswith(_WARNING)
+    if _form == "json":
+        _event("warning" if warning else "note", text=text.removeprefix(_WARNING))
+    elif _form == "text" or warning:
+        print(text, file=sys.stderr, flush=True)
+
+
+def error(text: str, code: int) -> None:
+    """Why the command ends with the exit code `code`."""
+    if _form == "json":
+        _event("error", text=text, code=code)
+        return
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error: {text}{plain}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """A step of unknown length: its name when it starts, the seconds it took when it ends."""
     start = time.monotonic()
-    if not sys.stderr.isatty():
-        note(f"{name} ...")
+    if _form == "json":
+        _event("start", stage=name)
         yield
-    else:
+    elif _form == "text" and sys.stderr.isatty():
         from rich.console import Console
 
         with Console(stderr=True).status(name):
             yield
-    note(f"{name}: {time.monotonic() - start:.1f} s")
+    else:
+        note(f"{name} ...")
+        yield
+    _end(name, start)
 
 
 @contextmanager
 def bar(name: str, total: float) -> Iterator[Advance]:
     """A step of `total` units; call what this yields with the units done since the last call."""
     start = time.monotonic()
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        clock = (TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, *clock, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda units: progress.advance(task, units)
+    if _form == "json":
+        _event("start", stage=name, total=total)
+        yield _reports(total, start, _EVENT_SECONDS, lambda done, s, left: _progress(name, done, total, s, left))
+    elif _form == "text" and sys.stderr.isatty():
+        with _display() as display:
+            task = display.add_task(name, total=total)
+            try:
+                yield lambda units: display.advance(task, units)
+            finally:
+                display.remove_task(task)
     else:
         note(f"{name} ...")
-        yield _plain_lines(name, total, start)
-    note(f"{name}: {time.monotonic() - start:.1f} s")
+        yield _reports(total, start, _LINE_SECONDS, lambda done, s, left: _line(name, done / total, s, left))
+    _end(name, start)
 
 
-def _plain_lines(name: str, total: float, start: float) -> Advance:
+@contextmanager
+def _display() -> Iterator[Any]:
+    """The terminal's display of bars: one for all that are open, since a terminal can have no other."""
+    global _shown
+    if _shown is not None:
+        yield _shown
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    clock = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clock, console=Console(stderr=True), transient=True) as _shown:
+        try:
+            yield _shown
+        finally:
+            _shown = None
+
+
+def _end(name: str, start: float) -> None:
+    seconds = time.monotonic() - start
+    if _form == "json":
+        _event("end", stage=name, seconds=round(seconds, 3))
+    else:
+        note(f"{name}: {seconds:.1f} s")
+
+
+def _reports(total: float, start: float, pause: float, say: Callable[[float, float, float], None]) -> Advance:
+    """Calls `say` with the units done, the seconds that took and those left, at most once in `pause` seconds."""
     done, spoken = 0.0, start
 
     def advance(units: float) -> None:
         nonlocal done, spoken
         done += units
         now = time.monotonic()
-        if now - spoken >= _LINE_SECONDS and 0 < done < total:
+        if now - spoken >= pause and 0 < done < total:
             spoken = now
-            left = (now - start) * (total - done) / done
-            note(f"{name}: {100 * done / total:.0f}% after {now - start:.0f} s, about {left:.0f} s left")
+            say(done, now - start, (now - start) * (total - done) / done)
 
     return advance
+
+
+def _line(name: str, share: float, seconds: float, left: float) -> None:
+    note(f"{name}: {100 * share:.0f}% after {seconds:.0f} s, about {left:.0f} s left")
+
+
+def _progress(name: str, done: float, total: float, seconds: float, left: float) -> None:
+    _event("progress", stage=name, done=done, total=total, seconds=round(seconds, 3), left=round(left, 1))
+
+
+def _event(event: str, **content: object) -> None:
+    line = {"time": round(time.time(), 3), "event": event} | content
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)

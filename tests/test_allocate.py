@@ -11,7 +11,7 @@ import torch
 from athena_gguf.allocate import PRESETS, parse_target
 from athena_gguf.allocate.losses import candidates, measure_losses
 from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
-from athena_gguf.calibration import Lookup, store
+from athena_gguf.calibration import store
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
 from athena_gguf.errors import AthenaError
@@ -174,23 +174,20 @@ def test_memory_beside_the_file():
 def test_losses_are_those_of_whole_tensors(tiny_model, tiny_base, options, work, tmp_path):
     """Samples of rows against every row, encoded and decoded, with the definition of the loss in NumPy."""
     convert(tiny_model, tmp_path / "out.gguf", options(dry_run=True))
-    kept = torch.load(work / "curvature.pt", weights_only=True)
-    measured = store.load(work / "curvature.pt", kept["key"])
+    power = json.loads((work / "curvature" / "complete.json").read_text())["lookup"]
     losses = json.loads((work / "losses.json").read_text())["losses"]
     settings = EncodeOptions()
     ratios = []
     with GGUFFile(tiny_base) as base:
-        for c in measured.curvatures:
+        for c in store.kept_curvatures(work / "curvature"):
             h = c.matrix.double().numpy()
-            for name, square in zip(c.tensor_names, c.gradient_squares, strict=True):
+            for name, square in zip(c.about.tensor_names, c.about.gradient_squares, strict=True):
                 weight = base.tensors[name].to_float32()
                 encoded = encode_matrix(torch.from_numpy(weight), c.matrix, TYPES["A3"], settings)
                 error = decode_rows(TYPES["A3"], encoded.data, weight.shape[1]) - weight
                 loss = square / 2 / len(weight) * np.trace(error @ h @ error.T)
                 if name == "token_embd.weight":
-                    loss += (
-                        measured.lookup.power / 2 / weight.shape[1] * np.square(error).sum() / np.square(weight).sum()
-                    )
+                    loss += power / 2 / weight.shape[1] * np.square(error).sum() / np.square(weight).sum()
                 ratios.append(losses[name]["A3"] / loss)
                 of = losses[name]
                 assert of["A2"] > of["A3"] > of["A4"] > of["Q8_0"] > of["BF16"] == 0
@@ -230,10 +227,11 @@ def test_bench_quality_prints_what_was_asked_for(tiny_model, tiny_base, runtime,
     assert "A3" in columns["types"][0] and float(columns["bits a weight"][1]) <= 4.5
 
 
-def test_unmeasured_tensors_count_as_the_average(tiny_base):
+def test_unmeasured_tensors_count_as_the_average(tiny_base, tmp_path):
     """Without any curvature, the loss is the squared error relative to the tensor's power, a weight of the model."""
     plan = make_plan(tiny_base, None, None)
-    losses = measure_losses(tiny_base, plan, [], Lookup(), EncodeOptions(sweeps=0), 1, seed=0)
+    nothing = store.Calibration("none", [], tmp_path, False, lambda *arguments: iter(()))
+    losses = measure_losses(tiny_base, plan, nothing, EncodeOptions(sweeps=0), torch.device("cpu"), seed=0)
     name = "blk.0.attn_k.weight"
     assert candidates(plan, name) == (*TYPES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16")
     with GGUFFile(tiny_base) as base:

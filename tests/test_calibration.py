@@ -72,7 +72,7 @@ def reference(model, layers, windows, cap):
 @pytest.mark.parametrize("cap", [10, 1.1])
 def test_curvature_is_that_of_the_definition(cap, model, layers, windows, monkeypatch):
     monkeypatch.setattr(curvature_module, "_CAP", cap)
-    found = {c.tensor_names: c for c in measure_curvature(model, layers, windows, batch_windows=2)}
+    found = {c.about.tensor_names: c for c in measure_curvature(model, layers, windows, batch_windows=2)}
     blocks = ("model.layers.0.", "model.layers.1.")
     readers = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -84,9 +84,9 @@ def test_curvature_is_that_of_the_definition(cap, model, layers, windows, monkey
     by_name = {layer.tensor_name: layer for layer in layers}
     for names, curvature in found.items():
         matrix, effective, squares = reference(model, [by_name[n] for n in names], windows, cap)
-        assert curvature.tokens == windows.numel()
-        assert curvature.effective_tokens == pytest.approx(effective, rel=1e-4)
-        assert curvature.gradient_squares == pytest.approx(squares, rel=1e-4)
+        assert curvature.about.tokens == windows.numel()
+        assert curvature.about.effective_tokens == pytest.approx(effective, rel=1e-4)
+        assert curvature.about.gradient_squares == pytest.approx(squares, rel=1e-4)
         np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
 
 
@@ -109,7 +109,7 @@ def test_layers_that_run_twice_or_never_get_no_curvature(model, layers, windows)
         found = measure_curvature(model, [*layers, LinearLayer("x", "x", torch.nn.Linear(32, 32))], windows, 5)
     finally:
         second.mlp = kept
-    names = {name.partition("layers.")[2] for c in found for name in c.tensor_names}
+    names = {name.partition("layers.")[2] for c in found for name in c.about.tensor_names}
     assert names == {f"{n}.self_attn.{x}_proj" for n in (0, 1) for x in "qkvo"}
 
 
@@ -174,17 +174,36 @@ def test_the_model_writes_its_own_text(tiny_model):
 
 
 def test_kept_curvature_is_found_again_only_under_its_key(model, layers, windows, tmp_path):
-    path = tmp_path / "curvature.pt"
-    assert store.load(path, "a") is None
-    lookup = Lookup()
-    measured = measure_curvature(model, layers, windows, 5, lookup=lookup)
-    store.save(path, store.Calibration("a", measured, lookup))
-    assert store.load(path, "b") is None
-    kept = store.load(path, "a")
-    assert kept.lookup == lookup and lookup.power > 0
-    for got, want in zip(kept.curvatures, measured, strict=True):
-        assert got.tensor_names == want.tensor_names and got.gradient_squares == want.gradient_squares
-        assert got.effective_tokens == want.effective_tokens
-        assert torch.equal(got.matrix, want.matrix)
-    path.write_bytes(b"damaged")
-    assert store.load(path, "a") is None
+    measured, asked = [], []
+
+    def measure(finished, lookup, pause):
+        asked.append(set(finished))
+        measured[:] = measure_curvature(model, layers, windows, 5, lookup=lookup)
+        for curvature in measured:
+            if not set(finished).issuperset(curvature.about.tensor_names):
+                yield curvature
+
+    names = [layer.tensor_name for layer in layers]
+
+    def calibration(key, keep=True):
+        return store.Calibration(key, [*names, "none"], tmp_path, keep, measure)
+
+    first = calibration("a")
+    assert len(list(first.stream())) == len(first.inputs) == 8
+    assert first.absent == {"none"} and first.lookup.power > 0 and asked == [set()]
+
+    again = calibration("a")
+    kept = {c.about.tensor_names: c for c in again.stream()}
+    assert len(asked) == 1 and again.lookup == first.lookup and again.absent == {"none"}
+    for want in measured:
+        got = kept[want.about.tensor_names]
+        assert got.about == want.about and torch.equal(got.matrix, want.matrix)
+
+    damaged = tmp_path / f"input.{names[-1]}.safetensors"
+    damaged.write_bytes(b"damaged")
+    assert len(list(again.stream())) == 8 and asked[1] == set(names) - {names[-1]}
+
+    assert not list(again.stream(finished=names)) and len(again.inputs) == 8
+    for _ in calibration("b", keep=False).stream():
+        break
+    assert asked[2] == set() and not list(tmp_path.glob("*.safetensors"))

@@ -219,22 +219,21 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
     assert run(seed=1)[0] == ["curvature"]
     assert run(calibration_tokens=512)[0] == ["curvature"]
     assert run()[0] == ["curvature"]
-    (work / "curvature.pt").write_bytes((work / "curvature.pt").read_bytes()[:1000])
+    kept = work / "curvature" / "input.blk.0.ffn_down.weight.safetensors"
+    kept.write_bytes(kept.read_bytes()[:1000])
     assert run() == (["curvature"], first)
     os.utime(model / "model.safetensors")
     assert run() == (["base", "curvature"], first)
-    assert sorted(p.name for p in work.iterdir()) == [".lock", "base.gguf", "base.model", "curvature.pt"]
+    assert not list((work / "encoded").iterdir())
 
 
 def test_curvature_that_is_no_curvature(tiny_model, options, tmp_path):
-    import torch
+    from safetensors import torch as safetensors
 
     out, work = tmp_path / "out.gguf", tmp_path / "work"
     convert(tiny_model, out, options(work_dir=work))
-    kept = torch.load(work / "curvature.pt", weights_only=True)
-    for curvature in kept["curvatures"]:
-        curvature["matrix"].neg_()
-    torch.save(kept, work / "curvature.pt")
+    for path in (work / "curvature").glob("*.safetensors"):
+        safetensors.save_file({"matrix": -safetensors.load_file(path)["matrix"]}, path)
     refused(tiny_model, out, options(work_dir=work), r"tensor blk\.0\.attn_q\.weight: .*not positive")
 
 
@@ -376,7 +375,7 @@ def test_work_directory_is_for_one_at_a_time(tiny_model, options, tmp_path, capf
 
 def test_bounded_queue_changes_nothing(tiny_model, options, tmp_path, monkeypatch):
     convert(tiny_model, tmp_path / "one.gguf", options())
-    monkeypatch.setattr(convert_module, "IN_FLIGHT", 0)
+    monkeypatch.setattr("athena_gguf.encode.stage.IN_FLIGHT", 0)
     convert(tiny_model, tmp_path / "two.gguf", options())
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 

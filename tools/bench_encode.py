@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from athena_gguf.calibration.store import kept_curvatures
 from athena_gguf.encode import EncodeOptions, Metric, encode_rows, scales
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile
@@ -41,14 +42,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     kind = TYPES[args.type]
-    curvatures = torch.load(args.work_dir / "curvature.pt", weights_only=True)["curvatures"]
     chosen = []
     with GGUFFile(args.work_dir / "base.gguf") as base:
-        for c in curvatures:
-            name = c["tensor_names"][0]
+        for c in kept_curvatures(args.work_dir / "curvature"):
+            name = c.about.tensor_names[0]
             if any(name.startswith(f"blk.{b}.") for b in args.blocks):
                 weight = torch.from_numpy(base.tensors[name].to_float32(slice(0, args.rows)))
-                chosen.append((weight, c["matrix"]))
+                chosen.append((weight, c.matrix))
     weights = sum(w.numel() for w, _ in chosen)
     encode_rows(chosen[0][0][:8], Metric(chosen[0][1], 0.01), kind, EncodeOptions(sweeps=1))  # compiles
     print(f"{args.type}, {len(chosen)} tensors of {args.rows} rows")

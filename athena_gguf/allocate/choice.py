@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def kept_losses(
-    work: Path | None, base_path: Path, plan: Plan, measured: Calibration, settings: Any, threads: int, seed: int
+    work: Path | None, base_path: Path, plan: Plan, measured: Calibration, settings: Any, device: Any, seed: int
 ) -> Losses:
     """`measure_losses`, or what it found before for the same inputs, kept in the folder `work`."""
     from athena_gguf.calibration import store
@@ -37,7 +37,7 @@ def kept_losses(
                 return {str(name): dict(of) for name, of in kept["losses"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # absent or damaged: measure again
-    losses = measure_losses(base_path, plan, measured.curvatures, measured.lookup, settings, threads, seed)
+    losses = measure_losses(base_path, plan, measured, settings, device, seed)
     if path is not None:
         with atomic_write(path) as file:
             file.write(json.dumps({"key": key, "losses": losses}).encode())

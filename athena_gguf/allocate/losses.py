@@ -29,11 +29,13 @@ from athena_gguf import progress
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.gguf_file.types import row_bytes
+from athena_gguf.memory import cores
 
 if TYPE_CHECKING:
     import torch
 
-    from athena_gguf.calibration import Curvature, Lookup
+    from athena_gguf.calibration import LayerInput, Lookup
+    from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
@@ -61,21 +63,23 @@ def candidates(plan: Plan, name: str) -> tuple[str, ...]:
 
 
 def measure_losses(
-    base_path: Path, plan: Plan, curvatures: list[Curvature], lookup: Lookup, settings: Any, threads: int, seed: int
+    base_path: Path, plan: Plan, calibration: Calibration, settings: Any, device: Any, seed: int
 ) -> Losses:
     """Losses of the candidate types of every matrix, all 0 for the type that it has already.
 
-    `settings`: the `EncodeOptions` of the conversion. Raises AthenaError naming the tensor if its curvature is none.
+    `calibration`: one that was streamed before. `settings`: the `EncodeOptions` of the conversion. Raises AthenaError
+    naming the tensor if its curvature is none.
     """
     from athena_gguf.encode import EncodePool, layer_metric
 
     losses: Losses = {}
+    threads = cores()
     with (
         GGUFFile(base_path) as base,
         EncodePool(settings, threads) as pool,
         progress.bar("losses of the types, from samples", sum(map(plan.elements, plan.shapes))) as advance,
     ):
-        sensitivities = _sensitivities(base, plan, curvatures, lookup)
+        sensitivities = _sensitivities(base, plan, calibration.inputs, calibration.lookup)
         waiting: deque[tuple[str, Callable[[], dict[str, float]]]] = deque()
 
         def collect(tensors: int) -> None:
@@ -85,7 +89,7 @@ def measure_losses(
                 losses[name] = result() | {plan.stored[name]: 0.0}
                 advance(plan.elements(name))
 
-        for matrix, names in _groups(plan, curvatures):
+        for matrix, names in _groups(plan, calibration):
             metric = None
             if any(name in plan.fitting for name in names):
                 metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0])
@@ -111,10 +115,10 @@ class _Sensitivity:
     powers: npt.NDArray[np.float64]
 
 
-def _groups(plan: Plan, curvatures: list[Curvature]) -> Iterator[tuple[torch.Tensor | None, list[str]]]:
+def _groups(plan: Plan, calibration: Calibration) -> Iterator[tuple[torch.Tensor | None, list[str]]]:
     measured = set()
-    for c in curvatures:
-        names = [n for n in c.tensor_names if n in plan.shapes]
+    for c in calibration.stream():
+        names = [n for n in c.about.tensor_names if n in plan.shapes]
         measured.update(names)
         if names:
             yield c.matrix, names
@@ -123,19 +127,18 @@ def _groups(plan: Plan, curvatures: list[Curvature]) -> Iterator[tuple[torch.Ten
             yield None, [name]
 
 
-def _sensitivities(base: GGUFFile, plan: Plan, curvatures: list[Curvature], lookup: Lookup) -> dict[str, _Sensitivity]:
+def _sensitivities(base: GGUFFile, plan: Plan, inputs: list[LayerInput], lookup: Lookup) -> dict[str, _Sensitivity]:
     from athena_gguf.plan import EMBEDDINGS
 
     found: dict[str, _Sensitivity] = {}
     loss = weights = 0.0
-    for c in curvatures:
-        mean_diagonal = float(c.matrix.diagonal().mean())
+    for c in inputs:
         for name, square in zip(c.tensor_names, c.gradient_squares, strict=True):
             if name not in plan.shapes:
                 continue
             powers = _powers(base.tensors[name].flat)
             found[name] = _Sensitivity(square / 2 / len(powers), 0.0, powers)
-            loss += found[name].output * powers.sum() * mean_diagonal
+            loss += found[name].output * powers.sum() * c.mean_diagonal
             weights += plan.elements(name)
     average = loss / weights if weights else 1.0
     used = base.metadata.get(f"{plan.architecture}.expert_used_count")

@@ -11,6 +11,7 @@ tokens; the square root tempers it (docs/method.md).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
 # A token's |g_t| counts in `gradient_squares` up to this many times the mean of its batch. The few attention sinks
 # beyond it own the mean of squares of value layers, but encoding puts next to no error on their few, large inputs.
 _CAP = 10.0
+_PART = 1 << 26  # numbers of a gradient looked at in one go
+
+
+@dataclass
+class LayerInput:
+    """What is known of a layer input beside its curvature."""
+
+    tokens: int
+    effective_tokens: float  # (sum u)^2 / sum u^2
+    tensor_names: tuple[str, ...]  # that read this input
+    # Of each of them, at its own output: mean over tokens of |g_t|^2, capped, where an output counts by the power of
+    # its row of weights. Errors are about in proportion to it; the likely tokens of an output layer have small rows.
+    gradient_squares: tuple[float, ...]
+    columns: int
+    mean_diagonal: float  # of the curvature
 
 
 @dataclass
@@ -34,12 +50,7 @@ class Curvature:
     """Of one layer input. `matrix` [columns, columns] float32, normalized by the sum of the token weights u."""
 
     matrix: torch.Tensor
-    tokens: int
-    effective_tokens: float  # (sum u)^2 / sum u^2
-    tensor_names: tuple[str, ...]  # that read this input
-    # Of each of them, at its own output: mean over tokens of |g_t|^2, capped, where an output counts by the power of
-    # its row of weights. Errors are about in proportion to it; the likely tokens of an output layer have small rows.
-    gradient_squares: tuple[float, ...]
+    about: LayerInput
 
 
 @dataclass
@@ -77,8 +88,9 @@ class _Input:
 
         # A norm makes no copy of the gradient, which at the output is as large as the logits.
         squares = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).square().reshape(-1)
-        # Window by window, for the same reason.
-        weighted = [torch.linalg.vector_norm(w.float() * self.row_sizes[reader], dim=-1) for w in g.detach()]
+        # In parts, for the same reason.
+        parts = g.detach().flatten(0, -2).split(max(1, _PART // g.shape[-1]))
+        weighted = [torch.linalg.vector_norm(part.float() * self.row_sizes[reader], dim=-1) for part in parts]
         norms = torch.cat(weighted)
         self.sum_squares[reader] += norms.minimum(_CAP * norms.mean()).double().square().sum()
         self.norms = squares if self.norms is None else self.norms + squares
@@ -96,6 +108,52 @@ class _Input:
         self.clear()
 
 
+class Collector:
+    """Sums up the curvatures of the inputs of `layers` while it is entered and batches run forward and backward.
+
+    Layers that read the same tensor share one curvature. `probe` runs a few tokens through the layers without
+    gradients; those that do not run in it, or several times, get no curvature.
+    """
+
+    def __init__(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> None:
+        self.inputs = _group(layers, probe)
+        self.by_module = {id(layer.module): (group, i) for group, found in self.inputs for i, layer in enumerate(found)}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Collector:
+        members = [layer for _, found in self.inputs for layer in found]
+        self.handles = [layer.module.register_forward_hook(self._watch) for layer in members]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:
+            group, reader = self.by_module[id(module)]
+            group.x = args[0].detach()
+            output.register_hook(partial(group.gradient, reader))
+
+    def clear(self) -> None:
+        """Before every batch."""
+        for group, _ in self.inputs:
+            group.clear()
+
+    def not_finite(self) -> str | None:
+        """A tensor that the batch gave an input with NaN or Inf."""
+        import torch
+
+        seen = (group for group, _ in self.inputs if group.x is not None)
+        return next((group.names[0] for group in seen if not torch.isfinite(group.x).all()), None)
+
+    def finish(self) -> list[Curvature]:
+        """Raises AthenaError naming the tensor if a curvature is not finite or there was no gradient."""
+        found = [_finish(group) for group, _ in self.inputs]
+        self.inputs = []
+        return found
+
+
 def measure_curvature(
     model: Any,
     layers: Sequence[LinearLayer],
@@ -103,48 +161,43 @@ def measure_curvature(
     batch_windows: int,
     labels: str = "text",
     seed: int = 0,
-    advance: Callable[[int], None] = lambda tokens: None,
+    advance: Callable[[float], None] = lambda tokens: None,
     lookup: Lookup | None = None,
 ) -> list[Curvature]:
     """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids; `lookup` is filled in too.
 
-    Layers that read the same tensor share one curvature. `labels`: "text" takes the next token of the window as the
-    label of the loss, "sampled" draws it from the model's own prediction. `advance` is called with the tokens done.
-    Layers that do not run, or several times a pass, get none. Raises AthenaError naming the tensor if a curvature is
+    `labels`: "text" takes the next token of the window as the label of the loss, "sampled" draws it from the model's
+    own prediction. `advance` is called with the tokens done. Raises AthenaError naming the tensor if a curvature is
     not finite.
     """
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    inputs = _group(model, layers, windows[:1, :8].to(device))
-    by_module = {id(layer.module): (group, i) for group, members in inputs for i, layer in enumerate(members)}
-    rows = _Rows(device)
-    handles = [_require_gradients(model, rows)]
-
-    def watch(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        group, reader = by_module[id(module)]
-        group.x = args[0].detach()
-        output.register_hook(partial(group.gradient, reader))
-
-    handles += [layer.module.register_forward_hook(watch) for _, members in inputs for layer in members]
+    collector = Collector(layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False))
+    rows = RowPower(device)
+    handle = require_gradients(model, rows)
     try:
-        for start in range(0, len(windows), batch_windows):
-            batch = windows[start : start + batch_windows].to(device)
-            for group, _ in inputs:
-                group.clear()
-            try:
-                _backward(model, batch, labels, generator)
-            except FloatingPointError as error:
-                name = next((g.names[0] for g, _ in inputs if not torch.isfinite(g.x).all()), "the output")
-                raise AthenaError(f"{name}: NaN or Inf in the activations; check the model's weights") from error
-            advance(batch.numel())
+        with collector:
+            for start in range(0, len(windows), batch_windows):
+                batch = windows[start : start + batch_windows].to(device)
+                collector.clear()
+                logits = model(input_ids=batch, use_cache=False).logits
+                try:
+                    loss(logits, batch, labels, generator).backward()
+                except FloatingPointError as error:
+                    raise not_finite(collector) from error
+                advance(batch.numel())
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     if lookup is not None:
         lookup.power = float(rows.sum) / windows.numel()
-    return [_finish(group) for group, _ in inputs]
+    return collector.finish()
+
+
+def not_finite(collector: Collector | None) -> AthenaError:
+    name = (collector.not_finite() if collector else None) or "the output"
+    return AthenaError(f"{name}: NaN or Inf in the activations; check the model's weights")
 
 
 def _finish(group: _Input) -> Curvature:
@@ -153,32 +206,35 @@ def _finish(group: _Input) -> Curvature:
     total = float(group.sum_u)
     if total == 0:
         raise AthenaError(f"{group.names[0]}: the loss has no gradient here; give other calibration text")
-    matrix = group.sum_xx.div_(total).cpu()
-    if not torch.isfinite(matrix).all():
+    matrix = group.sum_xx.div_(total)
+    mean_diagonal = float(matrix.diagonal().mean())
+    if not math.isfinite(mean_diagonal) or not torch.isfinite(matrix).all():
         raise AthenaError(
             f"{group.names[0]}: the curvature is not finite (NaN or Inf in the activations or gradients); "
             "check the model's weights, or calibrate in float32 with --device cpu"
         )
     squares = tuple((group.sum_squares / group.tokens).tolist())
-    return Curvature(matrix, group.tokens, total**2 / float(group.sum_uu), group.names, squares)
+    effective = total**2 / float(group.sum_uu)
+    return Curvature(matrix, LayerInput(group.tokens, effective, group.names, squares, len(matrix), mean_diagonal))
 
 
-def _backward(model: Any, batch: torch.Tensor, labels: str, generator: Any) -> None:
-    """One forward and backward pass of the summed cross entropy; the layers' hooks do the rest."""
+def loss(logits: torch.Tensor, tokens: torch.Tensor, labels: str, generator: Any) -> torch.Tensor:
+    """Summed cross entropy of the predictions `logits` [windows, length, vocabulary] of `tokens`; raises
+    FloatingPointError if there is NaN or Inf in them."""
     import torch
 
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-    if not torch.isfinite(logits).all():
+    flat = logits[:, :-1].float().flatten(0, 1)
+    if not torch.isfinite(flat).all():
         raise FloatingPointError
     if labels == "sampled":
         with torch.no_grad():
-            target = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            target = torch.multinomial(flat.softmax(-1), 1, generator=generator)[:, 0]
     else:
-        target = batch[:, 1:].flatten()
-    torch.nn.functional.cross_entropy(logits, target, reduction="sum").backward()
+        target = tokens[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(flat, target, reduction="sum")
 
 
-class _Rows:
+class RowPower:
     """Sums |g_t|^2 |y_t|^2 over the rows y_t that the embeddings give."""
 
     def __init__(self, device: Any) -> None:
@@ -190,7 +246,7 @@ class _Rows:
         self.sum += (g.detach().float().square().sum(-1) * y.float().square().sum(-1)).double().sum()
 
 
-def _require_gradients(model: Any, rows: _Rows) -> Any:
+def require_gradients(model: Any, rows: RowPower) -> Any:
     """Weights are frozen, so gradients start at the embeddings: no weight gradient is ever computed."""
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -200,7 +256,7 @@ def _require_gradients(model: Any, rows: _Rows) -> Any:
     return model.get_input_embeddings().register_forward_hook(hook)
 
 
-def _group(model: Any, layers: Sequence[LinearLayer], tokens: torch.Tensor) -> list[tuple[_Input, list[LinearLayer]]]:
+def _group(layers: Sequence[LinearLayer], probe: Callable[[], object]) -> list[tuple[_Input, list[LinearLayer]]]:
     """Layers that read the same tensor, found by running a few tokens; without those that run more than once."""
     import torch
 
@@ -217,7 +273,7 @@ def _group(model: Any, layers: Sequence[LinearLayer], tokens: torch.Tensor) -> l
         handles.append(layer.module.register_forward_pre_hook(watch))
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            probe()
     finally:
         for handle in handles:
             handle.remove()

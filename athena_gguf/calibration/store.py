@@ -1,28 +1,137 @@
-"""Curvature kept in a work directory, for further conversions of the same model."""
+"""Curvatures measured once, one input after the other, and kept in a work directory for whoever wants them again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from athena_gguf import __version__, progress
-from athena_gguf.calibration.curvature import Curvature, Lookup
+from athena_gguf.calibration.curvature import Curvature, LayerInput, Lookup
 from athena_gguf.errors import AthenaError
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-METHOD = 3  # raised when the same inputs give another curvature
+METHOD = 4  # raised when the same inputs give another curvature
+
+Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
 
 
-@dataclass
 class Calibration:
-    """All that was measured, under the `fingerprint` of what it was measured from."""
+    """What is measured, under the `key` of what it is measured from, for the tensors called `names`. `inputs`: those
+    seen by the last `stream`; `absent`: names that no layer feeds, and `lookup`, known when one is through."""
 
-    key: str
-    curvatures: list[Curvature]
-    lookup: Lookup
+    def __init__(self, key: str, names: Collection[str], folder: Path, keep: bool, measure: Measure) -> None:
+        """`folder` holds what was measured before, `keep` says whether curvatures are kept there and not just what
+        else is known of an input. `measure(finished, lookup, pause)` measures the inputs whose tensors are not all
+        `finished`, and calls `pause` before every stretch of work."""
+        self.key, self.names, self.folder, self.keep, self.measure = key, set(names), folder, keep, measure
+        self.inputs: list[LayerInput] = []
+        self.absent: set[str] = set()
+        self.lookup = Lookup()
+        if _read(folder / "key.json") != {"key": key}:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / "key.json", {"key": key})
+
+    def stream(self, finished: Collection[str] = (), pause: Callable[[], None] = lambda: None) -> Iterator[Curvature]:
+        """Every curvature but those whose tensors are all `finished`: those that are kept, then the others as they are
+        measured."""
+        self.inputs = []
+        known = set(finished)
+        for path, about in _known(self.folder):
+            if known.issuperset(about.tensor_names):
+                self.inputs.append(about)
+            elif (matrix := _load(_matrix(path), about.columns)) is not None:
+                self.inputs.append(about)
+                known.update(about.tensor_names)
+                yield Curvature(matrix, about)
+        done = _read(self.folder / "complete.json") or {"absent": [], "lookup": None}
+        self.absent, self.lookup = set(done["absent"]), Lookup(done["lookup"])
+        if known >= self.names - self.absent and self.lookup.power is not None:
+            return
+        for curvature in self.measure(known, self.lookup, pause):
+            self.inputs.append(curvature.about)
+            known.update(curvature.about.tensor_names)
+            self._save(curvature)
+            yield curvature
+        self.absent = self.names - known
+        _write(self.folder / "complete.json", {"absent": sorted(self.absent), "lookup": self.lookup.power})
+
+    def _path(self, first: str) -> Path:
+        return self.folder / f"input.{first}.json"
+
+    def _save(self, curvature: Curvature) -> None:
+        from safetensors.torch import save_file
+
+        from athena_gguf.gguf_file.atomic import require_space, temporary_beside
+
+        path = self._path(curvature.about.tensor_names[0])
+        if self.keep:
+            try:
+                require_space(self.folder, curvature.matrix.nbytes, "the measured curvature")
+                with temporary_beside(_matrix(path)) as temporary:
+                    save_file({"matrix": curvature.matrix.cpu().contiguous()}, temporary)
+            except (AthenaError, OSError) as error:
+                self.keep = False
+                progress.note(f"warning: the curvature is not kept for further conversions: {error}")
+        _write(path, asdict(curvature.about))
+
+
+def kept_curvatures(folder: Path) -> Iterator[Curvature]:
+    """Those that a conversion left in the folder `curvature` of its work directory."""
+    for path, about in _known(folder):
+        if (matrix := _load(_matrix(path), about.columns)) is not None:
+            yield Curvature(matrix, about)
+
+
+def _known(folder: Path) -> Iterator[tuple[Path, LayerInput]]:
+    for path in sorted(folder.glob("input.*.json")):
+        about = _about(_read(path))
+        if about is not None:
+            yield path, about
+
+
+def _matrix(path: Path) -> Path:
+    return path.with_suffix(".safetensors")
+
+
+def _load(path: Path, columns: int):  # type: ignore[no-untyped-def]
+    """The matrix of a file, None if there is none or it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        matrix = load_file(path)["matrix"]
+    except Exception:  # absent, or whatever a damaged file raises: measure again
+        return None
+    return matrix if tuple(matrix.shape) == (columns, columns) else None
+
+
+def _about(content: object) -> LayerInput | None:
+    try:
+        assert isinstance(content, dict)
+        content["tensor_names"] = tuple(content["tensor_names"])
+        content["gradient_squares"] = tuple(content["gradient_squares"])
+        return LayerInput(**content)
+    except (AssertionError, KeyError, TypeError):
+        return None
+
+
+def _read(path: Path):  # type: ignore[no-untyped-def]
+    """A JSON file's content, None if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, content: object) -> None:
+    from athena_gguf.gguf_file.atomic import atomic_write
+
+    with atomic_write(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def fingerprint(model_dir: Path, files: Iterable[Path], *settings: object) -> str:
@@ -47,37 +156,3 @@ def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def _digest(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def save(path: Path, measured: Calibration) -> None:
-    """Keep what was measured; the file appears only when it is complete.
-
-    It is not kept, and a warning says so, if the disk has no room: the conversion can go on without.
-    """
-    import torch
-
-    from athena_gguf.gguf_file.atomic import require_space, temporary_beside
-
-    curvatures = [vars(c) for c in measured.curvatures]
-    content = {"key": measured.key, "curvatures": curvatures, "lookup": asdict(measured.lookup)}
-    try:
-        require_space(path.parent, sum(c.matrix.nbytes for c in measured.curvatures), "the measured curvature")
-        with temporary_beside(path) as temporary:
-            torch.save(content, temporary)
-    except (AthenaError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
-        progress.note(f"warning: the curvature is not kept for further conversions: {error}")
-
-
-def load(path: Path, key: str) -> Calibration | None:
-    """What was saved under this fingerprint, or None."""
-    import torch
-
-    try:
-        content = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        return None
-    except Exception:  # whatever a damaged file raises: measure again
-        return None
-    if not isinstance(content, dict) or content.get("key") != key:
-        return None
-    return Calibration(key, [Curvature(**c) for c in content["curvatures"]], Lookup(**content["lookup"]))

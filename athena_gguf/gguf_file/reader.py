@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.format import FORMAT_VERSION, TYPES, decode_rows
 from athena_gguf.gguf_file import types
 from athena_gguf.gguf_file.layout import MAGIC, Cursor, Field, Value, read_field
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
@@ -73,6 +77,16 @@ class Tensor:
             return gguf.quants.dequantize(np.ascontiguousarray(data), kind).astype(np.float32).reshape(shape)
         except NotImplementedError as error:
             raise AthenaError(f"tensor {self.name}: {self.type_name} cannot be decoded here") from error
+
+
+    def to_torch(self, device: torch.device) -> torch.Tensor:
+        """The weights as float32 on a device; what is stored as BF16 goes there as it is."""
+        import torch
+
+        if self.type_name == "BF16":
+            bits = torch.from_numpy(self.data.view(np.int16).copy())
+            return bits.to(device).view(torch.bfloat16).float()
+        return torch.from_numpy(self.to_float32()).to(device)
 
 
 class GGUFFile:

@@ -26,8 +26,7 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
     import transformers
 
     check_model_dir(model_dir)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -40,6 +39,14 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise AthenaError(f"{model_dir}: its files lack the tensor {absent[0]}{more}; download the model again")
     return model.to(device).eval().requires_grad_(False)
+
+
+def quiet_transformers() -> None:
+    """No warnings and no progress bars of its own."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -1,0 +1,73 @@
+"""Tensors put away until they are needed again: on the device, in host memory, or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Shelf:
+    """Holds tensors by key on `device` up to `device_bytes`, then in host memory up to `host_bytes`, then in files in
+    `folder`. What is taken makes room again."""
+
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, folder: Path) -> None:
+        self.device, self.folder = device, folder
+        self.room = {"device": device_bytes, "host": host_bytes}
+        self.held: dict[Hashable, tuple[str, torch.Tensor | Path]] = {}
+        self.files = 0
+        self.spilled = 0  # bytes written to files so far
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Keep a tensor, which is not to be changed any more. Raises AthenaError if the disk has no room."""
+        from safetensors.torch import save_file
+
+        from athena_gguf.gguf_file.atomic import require_space
+
+        assert key not in self.held
+        tensor = tensor.detach()
+        place = next((p for p in ("device", "host") if tensor.nbytes <= self.room[p]), "file")
+        if place == "device":
+            self.held[key] = place, tensor
+        elif place == "host":
+            self.held[key] = place, tensor.cpu()
+        else:
+            require_space(self.folder, tensor.nbytes, "what the calibration cannot hold in memory")
+            path = self.folder / f"shelf.{self.files}.safetensors"
+            self.files += 1
+            self.spilled += tensor.nbytes
+            save_file({"x": tensor.cpu().contiguous()}, path)
+            self.held[key] = place, path
+        if place != "file":
+            self.room[place] -= tensor.nbytes
+
+    def take(self, key: Hashable) -> torch.Tensor:
+        """The tensor, on the device, and no longer here."""
+        import torch
+        from safetensors.torch import load_file
+
+        place, what = self.held.pop(key)
+        if isinstance(what, torch.Tensor):
+            self.room[place] += what.nbytes
+            return what.to(self.device)
+        tensor = load_file(what)["x"].to(self.device, copy=True)
+        what.unlink()
+        return tensor
+
+    def look(self, key: Hashable) -> torch.Tensor:
+        """The tensor, on the device; it stays here too."""
+        import torch
+        from safetensors.torch import load_file
+
+        _, what = self.held[key]
+        return what.to(self.device) if isinstance(what, torch.Tensor) else load_file(what)["x"].to(self.device)
+
+    def close(self) -> None:
+        """Forget everything; no files are left."""
+        for _, what in self.held.values():
+            if isinstance(what, Path):
+                what.unlink(missing_ok=True)
+        self.held = {}

@@ -1,0 +1,278 @@
+"""The calibration of a conversion: tokens, the model on a device (whole or block by block), and its curvatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf import progress
+from athena_gguf.calibration import store
+from athena_gguf.calibration.curvature import Curvature, Lookup
+from athena_gguf.errors import AthenaError
+from athena_gguf.memory import cores, host_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from athena_gguf.conversion import ConvertOptions
+    from athena_gguf.model import LinearLayer
+    from athena_gguf.model.blocks import BlockModel
+    from athena_gguf.plan import Plan
+
+_MARGIN = 1 << 30  # bytes of either memory left to libraries and fragments
+_ACTIVATIONS = 40  # bytes a token and column of a block's widest input that its backward pass needs, about
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the work may take on the `device` (if that is no CPU) and of the `host`."""
+
+    device: int
+    host: int
+
+    @classmethod
+    def of(cls, device: torch.device, gpu_memory: int | None, host_memory: int | None) -> Memory:
+        """What the options say, or most of what is free."""
+        import torch
+
+        on_card = 0
+        if device.type == "cuda":
+            free, whole = torch.cuda.mem_get_info(device)
+            on_card = min(gpu_memory or whole, int(0.95 * free))
+            if gpu_memory:
+                torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
+        return cls(on_card, host_memory or int(0.8 * host_bytes()))
+
+
+@dataclass
+class Stage:
+    """What the calibration works with. `window`: tokens of a window."""
+
+    model_dir: Path
+    base_path: Path
+    plan: Plan
+    work: Path
+    device: torch.device
+    memory: Memory
+    options: ConvertOptions
+    tokens: int
+    window: int
+
+    def calibration(self, timed: Callable[[str], Any]) -> store.Calibration:
+        """The curvature of every input of the planned layers, from the work directory where it was measured before.
+        `timed(name)` is a context that adds to a stage's time."""
+        options, plan = self.options, self.plan
+        files = [*options.texts, *([options.base] if options.base else [])]
+        key = store.fingerprint(
+            self.model_dir,
+            files,
+            list(options.calibration),
+            self.tokens,
+            self.window,
+            options.seed,
+            str(self.device),
+            sorted(plan.curved),
+        )
+        keep = options.work_dir is not None or bool(plan.free)
+
+        def measure(finished: Collection[str], lookup: Lookup, pause: Callable[[], None]) -> Iterator[Curvature]:
+            with timed("calibration text"):
+                windows = self.kept_windows(key)
+            pause()
+            yield from self._measured(windows, finished, lookup, pause, timed)
+
+        return store.Calibration(key, plan.curved, self.work / "curvature", keep, measure)
+
+    def _measured(
+        self,
+        windows: torch.Tensor,
+        finished: Collection[str],
+        lookup: Lookup,
+        pause: Callable[[], None],
+        timed: Callable[[str], Any],
+    ) -> Iterator[Curvature]:
+        import torch
+
+        blocks = self._blocks()
+        try:
+            with progress.bar("curvature of the loss", windows.numel()) as advance:
+                if blocks is None:
+                    with timed("curvature"):
+                        found = self._whole(windows, lookup, advance)
+                    while found:
+                        yield found.pop(0)
+                else:
+                    measured = self._blockwise(blocks, windows, finished, lookup, advance, pause)
+                    while True:
+                        with timed("curvature"):
+                            curvature = next(measured, None)
+                        if curvature is None:
+                            return
+                        yield curvature
+        except torch.OutOfMemoryError as error:
+            raise AthenaError(
+                f"{self.model_dir}: the GPU's memory is too small to measure the curvature: {error}; close what else "
+                "runs there, or use --device cpu"
+            ) from error
+
+    def _whole(self, windows: torch.Tensor, lookup: Lookup, advance: Callable[[float], None]) -> list[Curvature]:
+        import torch
+
+        from athena_gguf.calibration import measure_curvature
+        from athena_gguf.calibration.precision import measuring
+        from athena_gguf.model import load_model
+
+        model = load_model(self.model_dir, self.device, torch.float32)
+        layers = self._layers(model, lambda layer, which: layer.module.weight[:, which])
+        batch = 2 if self.device.type == "cpu" else 16
+        with measuring():
+            return measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
+
+    def _blocks(self) -> BlockModel | None:
+        """The model to run block by block, None to run it whole: what fits in the host's memory is faster whole on a
+        CPU, which then computes every block once instead of twice."""
+        import torch
+
+        from athena_gguf.model.blocks import open_blocks
+
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self._whole_bytes() <= self.memory.host:
+            return None
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+        # Filled first: a block that stays is not read again, while activations come and go in a stream.
+        room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(self._widest(), 1)
+        return open_blocks(self.model_dir, self.device, dtype, max(0, room))
+
+    def _blockwise(
+        self,
+        blocks: BlockModel,
+        windows: torch.Tensor,
+        finished: Collection[str],
+        lookup: Lookup,
+        advance: Callable[[float], None],
+        pause: Callable[[], None],
+    ) -> Iterator[Curvature]:
+        from athena_gguf.calibration.blockwise import largest_batch, measure_blockwise
+        from athena_gguf.calibration.shelf import Shelf
+
+        def columns(layer: LinearLayer, which: list[int]) -> torch.Tensor:
+            name = f"{layer.module_name}.weight"
+            if name in blocks.checkpoint:
+                return blocks.checkpoint.columns(name, which)
+            return layer.module.weight[:, which]  # tied, and so never dropped
+
+        layers = self._layers(blocks.model, columns)
+        widest = self._widest()
+        on_cpu = self.device.type == "cpu"
+        memory = self.memory.host if on_cpu else self.memory.device
+        per_window = self.window * widest * _ACTIVATIONS
+        batch = 2 if on_cpu else largest_batch(windows, memory // 4, per_window)
+        room = max(0, memory - self._working_bytes(widest, batch) - blocks.resident_bytes)
+        shelf = Shelf(self.device, room, 0 if on_cpu else self.memory.host, self.work)
+        try:
+            yield from measure_blockwise(
+                blocks, layers, windows, batch, shelf, lookup, finished, advance=advance, pause=pause
+            )
+        finally:
+            shelf.close()
+
+    def _widest(self) -> int:
+        return max(self.plan.shapes[name][-1] for name in self.plan.curved)
+
+    def _whole_bytes(self) -> int:
+        """Of the model in float32, its curvatures and the activations of two windows, about."""
+        plan = self.plan
+        weights = sum(4 * plan.elements(name) for name in plan.shapes)
+        curvatures = sum(4 * plan.shapes[name][-1] ** 2 for name in plan.curved)
+        blocks = len({name.split(".")[1] for name in plan.curved if name.startswith("blk.")})
+        return weights + curvatures + 2 * self.window * self._widest() * _ACTIVATIONS * max(1, blocks) + _MARGIN
+
+    def _working_bytes(self, widest: int, batch: int) -> int:
+        """Of a block at work: its weights twice over while they are loaded, and the larger of its backward pass with
+        curvatures and the encoding of its widest weight (three matrices of the widest input's size in float64, three in
+        float32)."""
+        plan = self.plan
+        by_block: dict[str, int] = {}
+        for name in plan.shapes:
+            block = name.split(".")[1] if name.startswith("blk.") else ""
+            if block:
+                by_block[block] = by_block.get(block, 0) + 2 * plan.elements(name)
+        backward = 8 * widest**2 + batch * self.window * widest * _ACTIVATIONS
+        return max(by_block.values(), default=0) + max(backward, 40 * widest**2) + _MARGIN
+
+    def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
+        from athena_gguf.model import linear_layers
+        from athena_gguf.plan import other_weights
+
+        plan = self.plan
+        for name, what in other_weights(self.base_path, model, plan.architecture, columns).items():
+            if self.options.base is not None:
+                raise AthenaError(f"{self.base_path}: tensor {name} {what}; give the base file of this model")
+            if name in plan.fitting:
+                plan.keep_standard(name, f"llama.cpp's converter rearranges it: it {what}")
+        found = linear_layers(model, plan.architecture, plan.shapes)
+        layers = [layer for layer in found if layer.tensor_name in plan.curved]
+        if not layers:
+            raise AthenaError(
+                f"no linear layer of this {plan.architecture} model can become an A type; see the warnings"
+            )
+        return layers
+
+    def kept_windows(self, key: str) -> torch.Tensor:
+        """`windows`, from the work directory if they were made before."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        from athena_gguf.gguf_file.atomic import temporary_beside
+
+        path = self.work / f"tokens.{key[:16]}.safetensors"
+        try:
+            return load_file(path)["windows"]
+        except Exception:  # absent, or whatever a damaged file raises: make them again
+            windows = self.windows(self.tokens, self.options.seed)
+        with temporary_beside(path) as temporary:
+            save_file({"windows": windows.to(torch.int64).contiguous()}, temporary)
+        return windows
+
+    def windows(self, tokens: int, seed: int) -> torch.Tensor:
+        """Calibration text [windows, length] as token ids."""
+        import torch
+
+        from athena_gguf.calibration import self_generated_windows, text_windows
+        from athena_gguf.model import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(self.model_dir)
+        files, own = self.options.texts, "self" in self.options.calibration
+        share = tokens // 2 if files and own else tokens
+        parts = []
+        if files:
+            parts.append(text_windows(tokenizer, files, share, self.window, seed))
+        if own:
+            model = load_model(self.model_dir, self.device, self._text_type())
+            # Few threads on the CPU, since each holds the keys and values of a batch of windows.
+            batch, threads = (32, min(4, cores())) if self.device.type == "cpu" else (128, 1)
+            with progress.bar("calibration text, written by the model", share) as advance:
+                parts.append(
+                    self_generated_windows(model, tokenizer, share, self.window, seed, batch, threads, advance=advance)
+                )
+        windows = torch.cat(parts)
+        if windows.numel() < tokens // 2:
+            progress.note(f"warning: the calibration text has only {windows.numel():,} tokens of {tokens:,}")
+        return windows
+
+    def _text_type(self) -> torch.dtype:
+        """Of the numbers in which the whole model writes. Raises AthenaError if it fits in no type."""
+        import torch
+
+        weights = sum(map(self.plan.elements, self.plan.shapes))
+        room = self.memory.host if self.device.type == "cpu" else self.memory.device
+        if 5 * weights <= room:
+            return torch.float32
+        if 2.5 * weights <= room:
+            return torch.bfloat16
+        raise AthenaError(
+            f"{self.model_dir}: the model does not fit in memory whole, as writing its own calibration text needs; "
+            "give text with --calibration FILE"
+        )

@@ -1,0 +1,218 @@
+"""A model whose decoder blocks are run one at a time, their weights loaded when needed and dropped after.
+
+The model's own code stays in charge of everything around the blocks (embeddings, masks, positions, the output): it runs
+with stand-ins for the blocks that record what each is called with, or that put a given hidden state in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athena_gguf.model.checkpoint import Checkpoint
+from athena_gguf.model.load import check_model_dir, quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Stop(Exception):
+    """Ends a run of the model's code after the last block's stand-in."""
+
+
+class BlockModel:
+    """`model`: the transformers model; the weights of `blocks`, its decoder blocks in order, are on the meta device
+    unless loaded, all others on `device`. `resident`: bytes of blocks that may stay loaded on the device."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, resident: int = 0) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.blocks = list(model.get_decoder().layers)
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.resident = self.left = min(resident, sum(p.nbytes for b in self.blocks for p in b.parameters()))
+        self.kept: set[int] = set()
+        self.tuples = False
+        inner = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        outer = [name for name, parameter in model.named_parameters() if id(parameter) not in inner]
+        for name in outer:
+            self._fill(name)
+        model.tie_weights()
+        for name, buffer in model.named_buffers():
+            value = checkpoint.tensor(name, device, buffer.dtype) if name in checkpoint else buffer.to(device)
+            _set(model, name, value)
+        self.arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of what is or may become loaded for good."""
+        inner = {id(p) for block in self.blocks for p in block.parameters()}
+        return self.resident + sum(p.nbytes for p in self.model.parameters() if id(p) not in inner)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first block's input [windows, length, hidden] for `tokens` [windows, length] on the device; notes what
+        else the blocks are called with for tokens of this shape."""
+        arguments: list[dict[str, Any]] = []
+        first: list[torch.Tensor] = []
+
+        def stand_in(index: int, hidden: torch.Tensor, *more: Any, **named: Any) -> Any:
+            if more:
+                raise TypeError("a block with several positional arguments")
+            first.append(hidden)
+            arguments.append(named)
+            if index == len(self.blocks) - 1:
+                raise _Stop
+            return (hidden,) if self.tuples else hidden
+
+        try:
+            with self._stand_ins(stand_in):
+                self.model(input_ids=tokens, use_cache=False)
+        except _Stop:
+            pass
+        self.arguments[tuple(tokens.shape)] = arguments
+        return first[0]
+
+    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A loaded block's output for its input; `embed` has seen tokens of this shape."""
+        found = self.blocks[index](hidden, **self.arguments[tuple(hidden.shape[:2])][index])
+        return found[0] if isinstance(found, tuple) else found
+
+    def output(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [windows, length, vocabulary] for the last block's output."""
+        last = len(self.blocks) - 1
+
+        def stand_in(index: int, given: torch.Tensor, *more: Any, **named: Any) -> Any:
+            found = hidden if index == last else given
+            return (found,) if self.tuples else found
+
+        with self._stand_ins(stand_in):
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[Any]:
+        """The block, with its weights on the device."""
+        import torch
+
+        block, prefix = self.blocks[index], self.names[id(self.blocks[index])]
+        if index not in self.kept:
+            for name, _ in block.named_parameters():
+                self._fill(f"{prefix}.{name}")
+        try:
+            yield block
+        finally:
+            size = sum(p.nbytes for p in block.parameters())
+            if index not in self.kept and size <= self.left:
+                self.left -= size
+                self.kept.add(index)
+            if index not in self.kept:
+                for name, parameter in list(block.named_parameters()):
+                    _set(block, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _fill(self, name: str) -> None:
+        import torch
+
+        if name not in self.checkpoint:  # tied to another one
+            return
+        dtype = self.model.get_parameter(name).dtype
+        value = self.checkpoint.tensor(name, self.device, dtype)
+        _set(self.model, name, torch.nn.Parameter(value, requires_grad=False))
+
+    @contextmanager
+    def _stand_ins(self, stand_in: Callable[..., Any]) -> Iterator[None]:
+        def bound(index: int) -> Callable[..., Any]:
+            return lambda hidden, *more, **named: stand_in(index, hidden, *more, **named)
+
+        for index, block in enumerate(self.blocks):
+            block.forward = bound(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def open_blocks(
+    model_dir: Path, device: torch.device, dtype: torch.dtype, resident: int = 0, probe: int = 8
+) -> BlockModel | None:
+    """The model of a directory with none of its blocks loaded; None where they cannot be run one by one: weights under
+    other names than in the checkpoint, or blocks that pass each other more than the hidden state. `probe`: tokens of a
+    run that finds out."""
+    import torch
+    import transformers
+
+    check_model_dir(model_dir)
+    quiet_transformers()
+    checkpoint = Checkpoint(model_dir)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        layers = model.get_decoder().layers
+    except Exception:  # whatever a model unlike these makes transformers raise
+        return None
+    # Tied weights are one parameter, listed once, under the name that the checkpoint has or its twin.
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {})
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if not isinstance(layers, torch.nn.ModuleList) or any(
+        (name not in checkpoint and tied.get(name) not in checkpoint)
+        or (name in checkpoint and checkpoint.shape(name) != shape)
+        for name, shape in shapes.items()
+    ):
+        return None
+    found = BlockModel(model.eval().requires_grad_(False), checkpoint, device, resident)
+    return found if _runs_by_blocks(found, probe) else None
+
+
+def _runs_by_blocks(model: BlockModel, probe: int) -> bool:
+    import torch
+
+    tokens = torch.zeros(1, probe, dtype=torch.long, device=model.device)
+    for model.tuples in (False, True):
+        try:
+            with torch.no_grad():
+                hidden = model.embed(tokens)
+                logits = model.output(hidden, tokens)
+                shapes = []
+                for index in (0, len(model.blocks) - 1):
+                    with model.loaded(index):
+                        shapes.append(model.run(index, hidden).shape)
+        except Exception:  # a model whose code does not go with stand-ins
+            continue
+        plain = all(_is_plain(value) for named in model.arguments[1, probe] for value in named.values())
+        if plain and logits.shape[:-1] == tokens.shape and all(shape == hidden.shape for shape in shapes):
+            return True
+    return False
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument of a block is no container that blocks could pass each other things in."""
+    import torch
+
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+
+
+def _set(module: Any, name: str, value: Any) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, value)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile have parameters without memory, and real buffers."""
+    import torch
+
+    original = torch.nn.Module.register_parameter
+
+    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    torch.nn.Module.register_parameter = register  # type: ignore
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
