@@ -53,7 +53,7 @@ def test_products(library: Library, kind: AType, gathered: bool) -> None:
             x = rng.standard_normal((tokens, columns)).astype(np.float32)
             got = library.multiply(kind, matrix, columns, x, gathered)
             if got is None:
-                pytest.skip("no AVX2, no such code: ggml takes dot products")
+                pytest.skip("neither AVX2 nor NEON: ggml takes dot products")
             assert_product(kind, matrix, x, got)
     matrix, x = random_matrix(kind, 20, 128, rng), rng.standard_normal((530, 128)).astype(np.float32)
     got = library.multiply(kind, matrix, 128, x, gathered)
@@ -75,7 +75,7 @@ def test_integer_sums_are_exact(library: Library, kind: AType) -> None:
             matrix = random_matrix(kind, 21, columns, rng)
             got = library.multiply(kind, matrix, columns, x, False)
             if got is None:
-                pytest.skip("no AVX2, no such code: ggml takes dot products")
+                pytest.skip("neither AVX2 nor NEON: ggml takes dot products")
             symbols, codes = unpack_rows(kind, matrix, columns)
             integers = levels(kind, symbols).astype(np.int64).reshape(21, -1, 64)[:, group]
             sums = part.astype(np.int64) @ integers.T
@@ -92,7 +92,7 @@ def test_only_the_token_that_is_not_finite_is_lost(library: Library, bad: float)
         matrix = random_matrix(kind, 18, 320, rng)
         got = library.multiply(kind, matrix, 320, x, False)
         if got is None:
-            pytest.skip("no AVX2, no such code: ggml takes dot products")
+            pytest.skip("neither AVX2 nor NEON: ggml takes dot products")
         assert np.isnan(got[4]).all()
         assert_product(kind, matrix, x[good], got[good])
 

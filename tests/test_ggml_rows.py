@@ -1,7 +1,6 @@
 """The C row decoders, dot products and quantizers against NumPy."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import ggml_library
@@ -12,6 +11,7 @@ from ggml_library import ACTIVATION, BUILDS, Library
 
 from athena_gguf.format import TYPES, AType, decode_rows, decode_scale, levels, row_bytes, unpack_rows
 
+GOLDEN = [golden_vectors.DIRECTORY / f"{name.lower()}.bin" for name in TYPES]
 WIDTHS = (64, 128, 192, 256, 320, 576, 896, 960, 1536, 2880, 4096)
 
 
@@ -110,21 +110,21 @@ def test_random_bytes_under_sanitizers(build: str, tmp_path: Path) -> None:
     flags = [*ggml_library.flags_of_build(build), "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
     ggml_library.compile_c(program, flags, sources)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    ggml_library.run(program, *GOLDEN)
 
 
-@pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod"])
+@pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm"])
 def test_random_bytes_on_arm(architecture: str, tmp_path: Path) -> None:
-    """NEON with and without its dot product instructions, in an emulator."""
+    """NEON with and without its dot product and matrix product instructions, in an emulator; golden vectors too."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("no compiler for ARM, or no qemu-aarch64")
     program = tmp_path / "random_rows"
     sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
     ggml_library.compile_c(program, [f"-march={architecture}", "-static"], sources, compiler)
-    result = subprocess.run([emulator, program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    said = ggml_library.run(emulator, program, *GOLDEN)
+    golden, sums = int(said.split()[0]), int(said.split()[3])
+    assert golden == 54 and sums > 5000
 
 
 def best_error(kind: AType, targets: np.ndarray, weights: np.ndarray) -> float:

@@ -11,10 +11,6 @@
 
 #include <immintrin.h>
 
-// A tile of a matrix product: 64 columns of 16 rows, row after row.
-#define ATHENA_TILE_ROWS  16
-#define ATHENA_TILE_BYTES (ATHENA_TILE_ROWS*ATHENA_GROUP)
-
 static inline __m256i athena_load(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
 }

@@ -8,13 +8,6 @@
 
 #if defined(ATHENA_HAVE_GEMM)
 
-#if defined(ATHENA_GEMM_AVX512) && defined(__AMX_INT8__) && defined(__linux__)
-#define ATHENA_GEMM_AMX
-#include <stdatomic.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 // Kernels are unrolled in full: where their sums go through a loop, GCC copies them from register to register in every turn.
 #if defined(__clang__)
 #define ATHENA_UNROLL(n) _Pragma("unroll")
@@ -25,27 +18,13 @@
 #define ATHENA_UNROLL(n)
 #endif
 
+#if defined(ATHENA_HAVE_NEON)
+#include "athena-gemm-neon.h"
+#else
+#include "athena-gemm-x86.h"
+#endif
+
 // Decoding
-
-// Columns of a row into its place in the tiles, row after row of them; carry is what the columns before them left.
-static void decode_row(enum ggml_type type, int columns, const uint8_t * x, athena_carry * carry, uint8_t * levels, float * scales, int zero) {
-    athena_carry state = *carry;
-    athena_sink sink = athena_tile_sink(levels, scales, zero);
-    switch (type) {
-        case GGML_TYPE_A2: ATHENA_ROW(a2)(columns, x, &state, &sink); break;
-        case GGML_TYPE_A3: ATHENA_ROW(a3)(columns, x, &state, &sink); break;
-        default:           ATHENA_ROW(a4)(columns, x, &state, &sink); break;
-    }
-    *carry = state;
-}
-
-static athena_carry row_start(enum ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_A2: return ATHENA_ROW_START(a2);
-        case GGML_TYPE_A3: return ATHENA_ROW_START(a3);
-        default:           return ATHENA_ROW_START(a4);
-    }
-}
 
 static void decode_tiles(const athena_gemm_task * task, athena_gemm_scratch * scratch, int64_t first_column, int columns, int zero) {
     const size_t at = (size_t) (first_column/ATHENA_GROUP)*ggml_athena_group_size(task->type);
@@ -55,81 +34,9 @@ static void decode_tiles(const athena_gemm_task * task, athena_gemm_scratch * sc
             scratch->carry[r] = row_start(task->type);
         }
         const uint8_t * x = (const uint8_t *) task->x + (size_t) r*task->row_stride + at;
-        decode_row(task->type, columns, x, &scratch->carry[r], &scratch->levels[t][0][m*ATHENA_GROUP], &scratch->scales[t][0][m], zero);
+        decode_row(task->type, columns, x, &scratch->carry[r], &scratch->levels[t][0][ATHENA_TILE_ROW(m)], &scratch->scales[t][0][m], zero);
     }
 }
-
-// Transposing
-
-#if defined(ATHENA_GEMM_AVX512)
-
-typedef __m512i athena_vector; // a 32-bit lane for every token of a panel
-
-// 16 x 16 lanes of 32 bits.
-static ATHENA_INLINE void transpose(__m512i v[16]) {
-    __m512i a[16];
-    for (int i = 0; i < 16; i += 4) { // 4 x 4 inside the 128-bit quarters
-        const __m512i l01 = _mm512_unpacklo_epi32(v[i],     v[i + 1]);
-        const __m512i h01 = _mm512_unpackhi_epi32(v[i],     v[i + 1]);
-        const __m512i l23 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
-        const __m512i h23 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        a[i]     = _mm512_unpacklo_epi64(l01, l23);
-        a[i + 1] = _mm512_unpackhi_epi64(l01, l23);
-        a[i + 2] = _mm512_unpacklo_epi64(h01, h23);
-        a[i + 3] = _mm512_unpackhi_epi64(h01, h23);
-    }
-    for (int i = 0; i < 4; i++) { // then the quarters themselves
-        const __m512i l01 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0x44);
-        const __m512i h01 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0xee);
-        const __m512i l23 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x44);
-        const __m512i h23 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xee);
-        v[i]      = _mm512_shuffle_i32x4(l01, l23, 0x88);
-        v[i + 4]  = _mm512_shuffle_i32x4(l01, l23, 0xdd);
-        v[i + 8]  = _mm512_shuffle_i32x4(h01, h23, 0x88);
-        v[i + 12] = _mm512_shuffle_i32x4(h01, h23, 0xdd);
-    }
-}
-
-static ATHENA_INLINE athena_vector load_vector(const void * p) {
-    return _mm512_loadu_si512(p);
-}
-
-static ATHENA_INLINE void store_vector(void * p, athena_vector v) {
-    _mm512_storeu_si512(p, v);
-}
-
-#else
-
-typedef __m256i athena_vector;
-
-// 8 x 8 lanes of 32 bits.
-static ATHENA_INLINE void transpose(__m256i v[8]) {
-    __m256i a[8];
-    for (int i = 0; i < 8; i += 4) { // 4 x 4 inside the 128-bit halves
-        const __m256i l01 = _mm256_unpacklo_epi32(v[i],     v[i + 1]);
-        const __m256i h01 = _mm256_unpackhi_epi32(v[i],     v[i + 1]);
-        const __m256i l23 = _mm256_unpacklo_epi32(v[i + 2], v[i + 3]);
-        const __m256i h23 = _mm256_unpackhi_epi32(v[i + 2], v[i + 3]);
-        a[i]     = _mm256_unpacklo_epi64(l01, l23);
-        a[i + 1] = _mm256_unpackhi_epi64(l01, l23);
-        a[i + 2] = _mm256_unpacklo_epi64(h01, h23);
-        a[i + 3] = _mm256_unpackhi_epi64(h01, h23);
-    }
-    for (int i = 0; i < 4; i++) {
-        v[i]     = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-        v[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    }
-}
-
-static ATHENA_INLINE athena_vector load_vector(const void * p) {
-    return athena_load(p);
-}
-
-static ATHENA_INLINE void store_vector(void * p, athena_vector v) {
-    _mm256_storeu_si256((__m256i *) p, v);
-}
-
-#endif
 
 // Panels
 
@@ -142,18 +49,28 @@ static void pack_panel(const block_q8_a64 * const * y, int64_t tokens, athena_pa
         panel->d[i]      = b[i]->d;
         panel->offset[i] = b[i]->offset;
     }
-    for (int c = 0; c < ATHENA_GROUP; c += 4*ATHENA_PANEL) {
-        athena_vector v[ATHENA_PANEL];
-        ATHENA_UNROLL(ATHENA_PANEL)
-        for (int i = 0; i < ATHENA_PANEL; i++) {
-            v[i] = load_vector(b[i]->qs + c);
-        }
-        transpose(v);
-        ATHENA_UNROLL(ATHENA_PANEL)
-        for (int i = 0; i < ATHENA_PANEL; i++) {
-            store_vector(panel->q[c/4 + i], v[i]);
+#if ATHENA_UNIT == 4
+    for (int first = 0; first < ATHENA_PANEL; first += ATHENA_VECTOR) {
+        for (int c = 0; c < ATHENA_GROUP; c += 4*ATHENA_VECTOR) {
+            athena_vector v[ATHENA_VECTOR];
+            ATHENA_UNROLL(ATHENA_VECTOR)
+            for (int i = 0; i < ATHENA_VECTOR; i++) {
+                v[i] = load_vector(b[first + i]->qs + c);
+            }
+            transpose(v);
+            ATHENA_UNROLL(ATHENA_VECTOR)
+            for (int i = 0; i < ATHENA_VECTOR; i++) {
+                store_vector(panel->q[c/4 + i][first], v[i]);
+            }
         }
     }
+#else
+    for (int i = 0; i < ATHENA_PANEL; i++) {
+        for (int u = 0; u < ATHENA_GROUP/ATHENA_UNIT; u++) {
+            memcpy(panel->q[u][i], b[i]->qs + u*ATHENA_UNIT, ATHENA_UNIT);
+        }
+    }
+#endif
 }
 
 void ggml_athena_quantize_panel(const float * x, size_t stride, int tokens, athena_panel * panel) {
@@ -166,180 +83,29 @@ void ggml_athena_quantize_panel(const float * x, size_t stride, int tokens, athe
     pack_panel(y, tokens, panel);
 }
 
-// Kernels: 16 rows times one panel, `groups` times 64 columns, added to sums (or, if `first`, in their place).
-
-#if defined(ATHENA_GEMM_AVX512)
-
-static ATHENA_INLINE __m512 add_scaled(__m512 sum, __m512i dot, float scale, __m512 d) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(_mm512_set1_ps(scale), d), sum);
-}
-
-static void kernel_vnni(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
-    for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
-        __m512i dot[ATHENA_TILE_ROWS];
-        const __m512i offset = _mm512_loadu_si512(panel->offset);
-        for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-            dot[m] = offset;
-        }
-        ATHENA_UNROLL(16)
-        for (int c = 0; c < ATHENA_GROUP/4; c++) {
-            const __m512i q = _mm512_loadu_si512(panel->q[c]);
-            ATHENA_UNROLL(16)
-            for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-                int32_t u;
-                memcpy(&u, levels + m*ATHENA_GROUP + 4*c, sizeof(u));
-                dot[m] = _mm512_dpbusd_epi32(dot[m], _mm512_set1_epi32(u), q);
-            }
-        }
-        const __m512 d = _mm512_loadu_ps(panel->d);
-        ATHENA_UNROLL(16)
-        for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-            const __m512 before = first && g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m*ATHENA_PANEL);
-            _mm512_storeu_ps(sums + m*ATHENA_PANEL, add_scaled(before, dot[m], scales[m], d));
-        }
-    }
-}
-
-#else
-
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
-#define ATHENA_UNROLL_VNNI ATHENA_UNROLL(16)
-#else
-#define ATHENA_UNROLL_VNNI // three instructions for each of VNNI's leave time for copies
-#endif
-
-static void kernel_avx2(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
-    for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
-        const __m256 d = _mm256_loadu_ps(panel->d);
-        for (int half = 0; half < ATHENA_TILE_ROWS; half += 8) {
-            __m256i dot[8];
-            const __m256i offset = athena_load(panel->offset);
-            for (int m = 0; m < 8; m++) {
-                dot[m] = offset;
-            }
-            ATHENA_UNROLL_VNNI
-            for (int c = 0; c < ATHENA_GROUP/4; c++) {
-                const __m256i q = athena_load(panel->q[c]);
-                ATHENA_UNROLL(8)
-                for (int m = 0; m < 8; m++) {
-                    int32_t u;
-                    memcpy(&u, levels + (half + m)*ATHENA_GROUP + 4*c, sizeof(u));
-                    dot[m] = athena_dot_bytes(dot[m], _mm256_set1_epi32(u), q);
-                }
-            }
-            ATHENA_UNROLL(8)
-            for (int m = 0; m < 8; m++) {
-                float * sum = sums + (half + m)*ATHENA_PANEL;
-                const __m256 before = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sum);
-                const __m256 factor = _mm256_mul_ps(_mm256_set1_ps(scales[half + m]), d);
-                _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), factor, before));
-            }
-        }
-    }
-}
-
-#endif
-
-#if defined(ATHENA_GEMM_AMX)
-
-typedef struct {
-    uint8_t  palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t  rows[16];
-} tile_config;
-
-static_assert(sizeof(tile_config) == 64, "wrong size of the AMX tile configuration");
-
-// Linux lets a process use the tiles after it has asked to; the answer holds for all of its threads.
-static bool amx_ready(void) {
-    enum { unknown, yes, no };
-    static atomic_int state = unknown;
-    int known = atomic_load_explicit(&state, memory_order_relaxed);
-    if (known == unknown) {
-        const long request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        known = syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? yes : no;
-        atomic_store_explicit(&state, known, memory_order_relaxed);
-    }
-    return known == yes;
-}
-
-// Makes all tiles 16 rows of 64 bytes. Returns what was there before: llama.cpp's own AMX code keeps its configuration.
-static tile_config configure_tiles(void) {
-    tile_config before, ours = { .palette = 1 };
-    for (int i = 0; i < 8; i++) {
-        ours.rows[i]  = 16;
-        ours.bytes[i] = 64;
-    }
-    __asm__ volatile("sttilecfg %0" : "=m"(before));
-    __asm__ volatile("ldtilecfg %0" : : "m"(ours));
-    return before;
-}
-
-static void restore_tiles(const tile_config * before) {
-    __asm__ volatile("ldtilecfg %0" : : "m"(*before));
-}
-
-// The integer products of 64 columns, through three tiles.
-#define ATHENA_AMX_PRODUCTS(g, c, a, b) do { \
-        _tile_zero(c); \
-        _tile_loadd(a, levels + (g)*ATHENA_TILE_BYTES, 64); \
-        _tile_loadd(b, panel[g].q, 64); \
-        _tile_dpbssd(c, a, b); \
-        _tile_stored(c, products[(g) % 2], 64); \
-    } while (0)
-
-// Levels are signed here: the zero point is subtracted already.
-static void kernel_amx(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first, int32_t products[2][ATHENA_TILE_ROWS][ATHENA_PANEL]) {
-    __m512 sum[ATHENA_TILE_ROWS];
-    ATHENA_UNROLL(16)
-    for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-        sum[m] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m*ATHENA_PANEL);
-    }
-    __asm__ volatile("" : : : "memory"); // tile loads do not say which memory they read
-    ATHENA_AMX_PRODUCTS(0, 0, 1, 2);
-    for (int g = 0; g < groups; g++, scales += ATHENA_TILE_ROWS) {
-        if (g + 1 < groups) { // one group ahead of the vectors
-            if (g % 2 == 0) {
-                ATHENA_AMX_PRODUCTS(g + 1, 3, 4, 5);
-            } else {
-                ATHENA_AMX_PRODUCTS(g + 1, 0, 1, 2);
-            }
-        }
-        const __m512 d = _mm512_loadu_ps(panel[g].d);
-        ATHENA_UNROLL(16)
-        for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-            sum[m] = add_scaled(sum[m], _mm512_loadu_si512(products[g % 2][m]), scales[m], d);
-        }
-    }
-    ATHENA_UNROLL(16)
-    for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-        _mm512_storeu_ps(sums + m*ATHENA_PANEL, sum[m]);
-    }
-}
-
-#endif
-
 static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
 // Sums of 16 rows and a panel to their places.
 static void store_sums(float * sums, int64_t rows, int64_t tokens, float * const * out) {
-    for (int64_t r = 0; r < ATHENA_TILE_ROWS && r < rows; r += ATHENA_PANEL) {
-        athena_vector v[ATHENA_PANEL];
-        ATHENA_UNROLL(ATHENA_PANEL)
-        for (int i = 0; i < ATHENA_PANEL; i++) {
-            v[i] = load_vector(sums + (r + i)*ATHENA_PANEL);
-        }
-        transpose(v);
-        const bool full = rows - r >= ATHENA_PANEL && tokens == ATHENA_PANEL;
-        float part[ATHENA_PANEL][ATHENA_PANEL];
-        ATHENA_UNROLL(ATHENA_PANEL)
-        for (int i = 0; i < ATHENA_PANEL; i++) {
-            store_vector(full ? out[i] + r : part[i], v[i]);
-        }
-        for (int64_t i = 0; i < tokens && !full; i++) {
-            memcpy(out[i] + r, part[i], (size_t) least(rows - r, ATHENA_PANEL)*sizeof(float));
+    for (int64_t r = 0; r < ATHENA_TILE_ROWS && r < rows; r += ATHENA_VECTOR) {
+        for (int64_t first = 0; first < tokens; first += ATHENA_VECTOR) {
+            athena_vector v[ATHENA_VECTOR];
+            ATHENA_UNROLL(ATHENA_VECTOR)
+            for (int i = 0; i < ATHENA_VECTOR; i++) {
+                v[i] = load_vector(sums + (r + i)*ATHENA_PANEL + first);
+            }
+            transpose(v);
+            const bool full = rows - r >= ATHENA_VECTOR && tokens - first >= ATHENA_VECTOR;
+            float part[ATHENA_VECTOR][ATHENA_VECTOR];
+            ATHENA_UNROLL(ATHENA_VECTOR)
+            for (int i = 0; i < ATHENA_VECTOR; i++) {
+                store_vector(full ? out[first + i] + r : part[i], v[i]);
+            }
+            for (int64_t i = 0; i < tokens - first && i < ATHENA_VECTOR && !full; i++) {
+                memcpy(out[first + i] + r, part[i], (size_t) least(rows - r, ATHENA_VECTOR)*sizeof(float));
+            }
         }
     }
 }
@@ -354,6 +120,8 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
     if (amx) {
         before = configure_tiles();
     }
+#elif defined(ATHENA_HAVE_NEON)
+    const int zero = ATHENA_ZERO; // NEON multiplies signed bytes
 #else
     const int zero = 0;
 #endif
@@ -391,11 +159,7 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
                     continue;
                 }
 #endif
-#if defined(ATHENA_GEMM_AVX512)
-                kernel_vnni(levels, scales, panel, groups, sums, c == 0);
-#else
-                kernel_avx2(levels, scales, panel, groups, sums, c == 0);
-#endif
+                kernel(levels, scales, panel, groups, sums, c == 0);
             }
         }
     }

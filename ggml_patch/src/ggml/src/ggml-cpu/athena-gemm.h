@@ -1,24 +1,37 @@
 // Products of A2, A3 and A4 matrices with many columns of activations ("tokens"): a tile of rows is decoded once and serves
-// all of them. Versions for AVX2, AVX-VNNI, AVX-512 (VBMI and VNNI) and AMX; athena-mul-mat.c puts them into ggml.
+// all of them. Versions for AVX2, AVX-VNNI, AVX-512 (VBMI and VNNI) and AMX, and for NEON with or without its dot product and
+// matrix product instructions; athena-mul-mat.c puts them into ggml.
 
 #pragma once
 
 #include "athena.h"
 #include "athena-avx512.h"
+#include "athena-neon.h"
 
-#if defined(ATHENA_HAVE_AVX2)
+#if defined(ATHENA_HAVE_AVX2) || defined(ATHENA_HAVE_NEON)
 #define ATHENA_HAVE_GEMM
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-// Tokens side by side in a panel, one in each 32-bit lane of a vector.
+// Tokens side by side in a panel.
 #if defined(ATHENA_HAVE_AVX512) && defined(__AVX512VNNI__)
 #define ATHENA_GEMM_AVX512
 #define ATHENA_PANEL 16
 #else
 #define ATHENA_PANEL 8
+#endif
+
+// Neighbouring columns of a token that lie together in a panel: what the instructions add up.
+#if !defined(ATHENA_HAVE_NEON)
+#define ATHENA_UNIT 4
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#define ATHENA_UNIT 8
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define ATHENA_UNIT 4
+#else
+#define ATHENA_UNIT 16
 #endif
 
 #define ATHENA_GEMM_ROWS    64  // most rows of a task: four tiles
@@ -27,9 +40,9 @@ extern "C" {
                                 // and a panel stay in the first-level cache
 #define ATHENA_GEMM_GROUPS  ((ATHENA_GEMM_COLUMNS + ATHENA_SUPER)/ATHENA_GROUP)
 
-// 64 columns of activations of several tokens: four columns of one token are neighbours, then come those of the next one.
+// 64 columns of activations of several tokens: a unit of columns of one token, then that of the next one.
 typedef struct {
-    int8_t  q[ATHENA_GROUP/4][ATHENA_PANEL][4];
+    int8_t  q[ATHENA_GROUP/ATHENA_UNIT][ATHENA_PANEL][ATHENA_UNIT];
     float   d[ATHENA_PANEL];
     int32_t offset[ATHENA_PANEL];
 } athena_panel;

@@ -1,4 +1,4 @@
-// NEON dot products of A2, A3 and A4 rows. A step is two vectors of 16 lanes, which know nothing of each other: a block is
+// NEON decoders of A2, A3 and A4 rows, for dot products and for tiles of a matrix product. A step is two vectors of 16 lanes, which know nothing of each other: a block is
 // done for the first half of the lanes, then for the second.
 
 #pragma once
@@ -11,7 +11,7 @@
 
 #include <arm_neon.h>
 
-// Both tables of a type; the first with the zero point subtracted, so that sums are levels, -64 .. 63.
+// Both tables of a type; the first with `zero` subtracted: with the zero point, sums of entries are levels, -64 .. 63.
 typedef struct {
     int8x16_t t1, t2;
 } athena_neon_tables;
@@ -22,11 +22,22 @@ typedef struct {
     int8x16_t  e1, e2; // the second table's entries for the next step, and (A2) for the one after it
 } athena_neon_carry;
 
-static inline athena_neon_tables athena_neon_load(const athena_tables * tables) {
+// What a row carries from one block to the next.
+typedef struct {
+    athena_neon_carry half[2];
+} athena_carry;
+
+static inline athena_neon_tables athena_neon_load(const athena_tables * tables, int zero) {
     athena_neon_tables t;
-    t.t1 = vsubq_s8(vreinterpretq_s8_u8(vld1q_u8(tables->t1)), vdupq_n_s8(ATHENA_ZERO));
+    t.t1 = vsubq_s8(vreinterpretq_s8_u8(vld1q_u8(tables->t1)), vdupq_n_s8((int8_t) zero));
     t.t2 = vreinterpretq_s8_u8(vld1q_u8(tables->t2));
     return t;
+}
+
+static inline athena_carry athena_neon_row_start(const athena_tables * tables) {
+    const int8x16_t entry = vdupq_n_s8((int8_t) tables->t2[0]);
+    const athena_carry carry = { { { vdupq_n_u8(0), entry, entry }, { vdupq_n_u8(0), entry, entry } } };
+    return carry;
 }
 
 static inline int32x4_t athena_neon_dot_bytes(int32x4_t acc, int8x16_t levels, const int8_t * qs) {
@@ -124,16 +135,15 @@ static inline float32x4_t athena_neon_add_group(float32x4_t sum, int32x4_t dot, 
 }
 
 static ATHENA_INLINE float athena_dot_neon(enum ggml_type type, const athena_tables * tables, int n, const uint8_t * x, const block_q8_a64 * y) {
-    const athena_neon_tables t = athena_neon_load(tables);
-    const int8x16_t start = vdupq_laneq_s8(t.t2, 0);
-    athena_neon_carry carry[2] = { { vdupq_n_u8(0), start, start }, { vdupq_n_u8(0), start, start } };
+    const athena_neon_tables t = athena_neon_load(tables, ATHENA_ZERO);
+    athena_carry carry = athena_neon_row_start(tables);
     float32x4_t even = vdupq_n_f32(0.0f), odd = even; // used in turns: a sum waits for the one before it
     int i = 0;
     for (; i + ATHENA_SUPER <= n; i += ATHENA_SUPER, x += 4*ggml_athena_group_size(type), y += 4) {
         int32x4_t dot[4] = { vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0) };
         for (int half = 0; half < 2; half++) {
             int8x16_t levels[8];
-            athena_neon_super(type, &t, &carry[half], x, half, levels);
+            athena_neon_super(type, &t, &carry.half[half], x, half, levels);
             for (int g = 0; g < 4; g++) {
                 dot[g] = athena_neon_dot_bytes(dot[g], levels[2*g],     y[g].qs + 16*half);
                 dot[g] = athena_neon_dot_bytes(dot[g], levels[2*g + 1], y[g].qs + 32 + 16*half);
@@ -148,13 +158,46 @@ static ATHENA_INLINE float athena_dot_neon(enum ggml_type type, const athena_tab
         int32x4_t dot = vdupq_n_s32(0);
         for (int half = 0; half < 2; half++) {
             int8x16_t levels[2];
-            athena_neon_tail(type, &t, &carry[half], x, half, levels);
+            athena_neon_tail(type, &t, &carry.half[half], x, half, levels);
             dot = athena_neon_dot_bytes(dot, levels[0], y->qs + 16*half);
             dot = athena_neon_dot_bytes(dot, levels[1], y->qs + 32 + 16*half);
         }
         even = athena_neon_add_group(even, dot, x[0], y);
     }
     return vaddvq_f32(vaddq_f32(even, odd));
+}
+
+// 16 floats, scaled and rounded to the nearest.
+static inline int8x16_t athena_neon_round16(const float * x, float scale) {
+    const int32x4_t a = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x),      scale));
+    const int32x4_t b = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4),  scale));
+    const int32x4_t c = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 8),  scale));
+    const int32x4_t d = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 12), scale));
+    const int16x8_t ab = vcombine_s16(vmovn_s32(a), vmovn_s32(b));
+    const int16x8_t cd = vcombine_s16(vmovn_s32(c), vmovn_s32(d));
+    return vcombine_s8(vmovn_s16(ab), vmovn_s16(cd));
+}
+
+static inline void athena_quantize_q8_a64_neon(const float * x, block_q8_a64 * y, int64_t k) {
+    assert(k % ATHENA_GROUP == 0);
+    for (int64_t i = 0; i < k/ATHENA_GROUP; i++, x += ATHENA_GROUP) {
+        uint32x4_t most = vdupq_n_u32(0); // compared as integers, as in the reference
+        for (int c = 0; c < ATHENA_GROUP; c += 4) {
+            most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + c)), vdupq_n_u32(0x7fffffff)));
+        }
+        const uint32_t bits = vmaxvq_u32(most);
+        float amax;
+        memcpy(&amax, &bits, sizeof(amax));
+        const float scale = ggml_athena_activation_scale(amax);
+        int16x8_t sums = vdupq_n_s16(0);
+        for (int c = 0; c < ATHENA_GROUP; c += 16) {
+            const int8x16_t q = scale > 0.0f ? athena_neon_round16(x + c, scale) : vdupq_n_s8(0);
+            vst1q_s8(y[i].qs + c, q);
+            sums = vpadalq_s8(sums, q);
+        }
+        y[i].d      = amax/127.0f;
+        y[i].offset = -ATHENA_ZERO*(int32_t) vaddlvq_s16(sums);
+    }
 }
 
 #endif

@@ -75,7 +75,7 @@ ATHENA_DEFINE_DOT(a3, GGML_TYPE_A3)
 ATHENA_DEFINE_DOT(a4, GGML_TYPE_A4)
 
 void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
-    quantize_row_q8_a64_ref(x, y, k);
+    athena_quantize_q8_a64_neon(x, y, k);
 }
 
 #else

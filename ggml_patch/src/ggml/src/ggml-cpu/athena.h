@@ -11,6 +11,10 @@
 #define ATHENA_INLINE inline
 #endif
 
+// A tile of a matrix product: 64 columns of 16 rows.
+#define ATHENA_TILE_ROWS  16
+#define ATHENA_TILE_BYTES (ATHENA_TILE_ROWS*ATHENA_GROUP)
+
 #ifdef __cplusplus
 extern "C" {
 #endif
