@@ -1,6 +1,5 @@
 """The BF16 base file, through llama.cpp's own converter."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
 from athena_gguf.model.load import check_model_dir
+from athena_gguf.model.trust import check_model_files, check_model_size
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
@@ -26,7 +26,8 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
     tree = source_tree(runtime_dir)
     with temporary_beside(out_path) as temporary, tempfile.TemporaryFile() as said:
-        command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(model_dir.absolute())]
+        command = [sys.executable, "-m", "athena_gguf.model.no_code", str(tree / "convert_hf_to_gguf.py")]
+        command.append(str(model_dir.absolute()))
         command += ["--outtype", "bf16", "--outfile", str(temporary)]
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
         result = subprocess.run(command, stdout=said, stderr=said, env=environment)
@@ -36,12 +37,9 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
 
 def check_model(model_dir: Path) -> None:
-    """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files."""
+    """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files, all harmless."""
     check_model_dir(model_dir)
-    try:
-        json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AthenaError(f"{model_dir / 'config.json'} is no JSON ({error}); download it again") from error
+    check_model_files(model_dir)
     if not any(path for pattern in _TOKENIZERS for path in model_dir.glob(pattern)):
         raise AthenaError(f"{model_dir} has no tokenizer (tokenizer.json or tokenizer.model)")
     weights = sorted(model_dir.glob("*.safetensors"))
@@ -55,6 +53,7 @@ def check_model(model_dir: Path) -> None:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise AthenaError(f"{path} is truncated or corrupt ({error}); download it again") from error
+    check_model_size(model_dir)
 
 
 def _reason(text: str) -> str:

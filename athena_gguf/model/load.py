@@ -29,7 +29,7 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
     quiet_transformers()
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as e:  # whatever a bad file makes transformers raise
         raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
@@ -55,7 +55,7 @@ def load_tokenizer(model_dir: Path) -> Any:
 
     check_model_dir(model_dir)
     try:
-        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise AthenaError(f"{model_dir}: transformers cannot load the tokenizer: {_brief(e)}") from e
 
