@@ -83,11 +83,11 @@ def compile_c(target: Path, flags: list[str], extra: list[Path], with_compiler: 
     assert result.returncode == 0, result.stderr
 
 
-def link_ggml(target: Path, source: Path, binaries: Path) -> None:
+def link_ggml(target: Path, binaries: Path, *sources: Path) -> None:
     """Compile a program against the built libraries of llama.cpp."""
     command = [compiler(), "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{tree() / 'ggml' / 'include'}"]
     libraries = [f"-L{binaries}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{binaries}"]
-    command += [str(source), "-o", str(target), *libraries]
+    command += [*map(str, sources), "-o", str(target), *libraries]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

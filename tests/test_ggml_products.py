@@ -100,7 +100,7 @@ def test_only_the_token_that_is_not_finite_is_lost(library: Library, bad: float)
 @pytest.fixture(scope="module")
 def mul_mat(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("mul_mat") / "mul_mat"
-    ggml_library.link_ggml(program, ggml_library.C_TESTS / "mul_mat.c", runtime)
+    ggml_library.link_ggml(program, runtime, ggml_library.C_TESTS / "mul_mat.c")
     return program
 
 

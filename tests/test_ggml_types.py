@@ -113,7 +113,7 @@ def test_unused_type_ids(runtime: Path, tmp_path: Path, tiny_gguf: Path) -> None
     for ident in (30, 4, 43, 50, 118, 119, 121, 123, 1000):
         files[ident] = tmp_path / f"{ident}.gguf"
         files[ident].write_bytes(raw[:at] + struct.pack("<I", ident) + raw[at + 4 :])
-    ggml_library.link_ggml(program, ggml_library.C_TESTS / "unused_types.c", runtime)
+    ggml_library.link_ggml(program, runtime, ggml_library.C_TESTS / "unused_types.c")
     said = run(program, *files.values()).splitlines()
     unused = [line.split()[1:] for line in said if line.startswith("unused")]
     assert {int(u[0]) for u in unused} >= set(range(43, 119))
@@ -122,3 +122,16 @@ def test_unused_type_ids(runtime: Path, tmp_path: Path, tiny_gguf: Path) -> None
     # a size other than BF16's makes the offsets of the following tensors wrong, so no other type is accepted
     assert accepted == {30}
     assert any("of type 50 (UNUSED)" in line for line in said)
+
+
+def test_activations_are_no_weights(runtime: Path, tmp_path: Path, tiny_gguf: Path) -> None:
+    """Q8_A64, 119, is refused in a file even where its size would do: no operation takes it as weights."""
+    raw = tiny_gguf.read_bytes()
+    name = b"experts.weight"  # the last one: no offsets after it
+    at = raw.index(name) + len(name) + 4 + 8 * 3
+    program = tmp_path / "unused_types"
+    ggml_library.link_ggml(program, runtime, ggml_library.C_TESTS / "unused_types.c")
+    for ident, expected in ((119, "refused"), (121, "accepted")):
+        file = tmp_path / f"{ident}.gguf"
+        file.write_bytes(raw[:at] + struct.pack("<I", ident) + raw[at + 4 :])
+        assert f"{expected} {file}" in run(program, file).splitlines()
