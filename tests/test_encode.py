@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from athena_gguf.encode import EncodeOptions, EncodePool, Metric, encode_matrix
+from athena_gguf.encode.cpu import CpuSteps
 from athena_gguf.encode.lane import lane_search
-from athena_gguf.encode.scales import ScaleFit
 from athena_gguf.format import TYPES, decode_rows, decode_scale, levels
 
 KINDS = list(TYPES.values())
@@ -122,8 +122,12 @@ def test_refitted_scales_are_the_best_pair_of_bytes():
     w, h = gaussian(4, 128, seed=6), curvature(128, seed=6)
     metric = Metric(h, 0.01)
     values = torch.from_numpy(np.random.default_rng(6).integers(-30, 31, (4, 128)).astype(np.float32))
-    values = (w / 0.001).round().clamp(-63, 63) + values / 30  # near the weights, so that the optimum is positive
-    codes = ScaleFit(w, metric).refit(values, np.full((4, 2), 100, np.uint8))
+    values = ((w / 0.001).round() + (values / 30).round()).clamp(
+        -63, 63
+    )  # near the weights, so that the optimum is positive
+    before = torch.full((4, 2), 100, dtype=torch.uint8)
+    steps = CpuSteps(w[:, metric.order], metric, TYPES["A4"])
+    codes = steps.refit(values[:, metric.order].to(torch.int8), before).numpy()
     scales = decode_scale(np.arange(256, dtype=np.uint8)).astype(np.float64)
     p = metric.plain.double().numpy()
     for r in range(4):

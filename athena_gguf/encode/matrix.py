@@ -5,7 +5,7 @@ Columns are taken lane by lane. The first pass searches a lane after the errors 
 searched again with all others fixed, in sweeps (cyclic coordinate descent on the same loss, as CDQuant, Nair and
 Suggala 2024, does for single columns), none of which makes a row worse.
 
-The dense algebra is torch's; the search inside a lane is `athena_gguf.encode.lane`.
+The steps themselves are those of `athena_gguf.encode.cpu` or, for a metric on a GPU, `athena_gguf.encode.cuda`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from athena_gguf.encode.metric import Metric
-from athena_gguf.encode.scales import ScaleFit, initial_scales
-from athena_gguf.format import GROUP, LANES, AType, decode_scale, pack_rows
+from athena_gguf.encode.scales import expand
+from athena_gguf.format import LANES, AType, pack_rows
 
 if TYPE_CHECKING:
     import torch
+
+    from athena_gguf.encode.cpu import CpuSteps
+    from athena_gguf.encode.cuda.engine import CudaSteps
 
 
 @dataclass(frozen=True)
@@ -54,83 +57,75 @@ def encode_matrix(weight: torch.Tensor, curvature: torch.Tensor | None, kind: AT
     return encode_rows(weight, metric, kind, options)
 
 
-def encode_rows(weight: torch.Tensor, metric: Metric, kind: AType, options: EncodeOptions) -> Encoded:
-    """Encode rows `weight` [rows, columns]; rows do not influence each other."""
-    encoder = _Encoder(weight.float(), metric, kind)
+def encode_rows(
+    weight: torch.Tensor, metric: Metric, kind: AType, options: EncodeOptions, gpu: bool | None = None
+) -> Encoded:
+    """Encode rows `weight` [rows, columns] on the device of the metric; rows do not influence each other.
+
+    `gpu`: with the CUDA kernels; None for where the device is one.
+    """
+    gpu = metric.device.type == "cuda" if gpu is None else gpu
+    encoder = _Encoder(weight.to(metric.device).float(), metric, kind, gpu)
     best = encoder.run(options)
-    symbols = best.symbols[:, metric.inverse.numpy()]
+    data = pack_rows(kind, best.symbols[:, metric.inverse], best.codes)
     power = ((encoder.w @ metric.h) * encoder.w).sum(dtype=best.loss.dtype)
-    return Encoded(pack_rows(kind, symbols, best.codes), float(best.loss.double().sum()), float(power))
+    return Encoded(data.cpu().numpy(), float(best.loss.double().sum()), float(power))
 
 
 @dataclass
 class _Solution:
-    """Columns lane by lane. `symbols` [rows, columns] uint8, `values` [rows, columns] their levels, `codes` [rows,
-    columns / 64] scale bytes; `pull` [rows, columns] the error times the curvature, `loss` [rows]."""
+    """Columns lane by lane. `symbols` [rows, columns] uint8, `values` [rows, columns] int8 their levels, `codes` [rows,
+    columns / 64] uint8 scale bytes; `pull` [rows, columns] the error times the curvature, `loss` [rows]."""
 
-    symbols: npt.NDArray[np.uint8]
+    symbols: torch.Tensor
     values: torch.Tensor
-    codes: npt.NDArray[np.uint8]
+    codes: torch.Tensor
     pull: torch.Tensor
     loss: torch.Tensor
 
 
 class _Encoder:
-    def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType) -> None:
-        self.metric, self.kind = metric, kind
-        self.w = weight[:, metric.order].contiguous()
-        self.fit = ScaleFit(weight, metric)
+    def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType, gpu: bool) -> None:
+        self.metric = metric
+        self.w = weight[:, metric.order]
+        self.steps: CpuSteps | CudaSteps
+        if gpu:
+            from athena_gguf.encode.cuda.engine import CudaSteps
+
+            self.steps = CudaSteps(self.w, metric, kind)
+        else:
+            from athena_gguf.encode.cpu import CpuSteps
+
+            self.steps = CpuSteps(self.w, metric, kind)
 
     def run(self, options: EncodeOptions) -> _Solution:
-        codes = initial_scales(self.w, self.metric, self.kind)
-        best = self.refit(self.feedback_pass(codes))
+        best = self.refit(self.feedback_pass(self.steps.initial_scales()))
         for _ in range(options.passes - 1):
             best = _better(best, self.refit(self.feedback_pass(best.codes)))
         for _ in range(options.sweeps):
             best = self.refit(self.sweep(best))
         return best
 
-    def solution(self, symbols: npt.NDArray[np.uint8], values: torch.Tensor, codes: npt.NDArray[np.uint8]) -> _Solution:
-        error = self.w - values * self.expand(codes)
+    def solution(self, symbols: torch.Tensor, values: torch.Tensor, codes: torch.Tensor) -> _Solution:
+        error = self.w - values * expand(codes).repeat(1, LANES)
         pull = error @ self.metric.h
         return _Solution(symbols, values, codes, pull, (error * pull).sum(1))
 
-    def expand(self, codes: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Scale bytes [rows, groups] to the scale of every column [rows, columns], lane by lane."""
-        import torch
-
-        steps = torch.from_numpy(decode_scale(codes)).repeat_interleave(GROUP // LANES, dim=1)
-        return steps.repeat(1, LANES)
-
     def refit(self, found: _Solution) -> _Solution:
         """New scales where they lower a row's loss."""
-        codes = self.fit.refit(found.values[:, self.metric.inverse], found.codes)
+        codes = self.steps.refit(found.values, found.codes)
         return _better(found, self.solution(found.symbols, found.values, codes))
 
-    def feedback_pass(self, codes: npt.NDArray[np.uint8]) -> _Solution:
-        """All lanes once, every lane after the errors of those before it were fed back."""
-        import torch
-
-        from athena_gguf.encode.passes import feedback_pass
-
-        x, scale = self.w.numpy().copy(), self.expand(codes).numpy()
-        symbols, values = np.empty(x.shape, np.uint8), np.empty(x.shape, np.float32)
-        feedback_pass(self.kind)(x, self.metric.upper.numpy(), scale, symbols, values)
-        return self.solution(symbols, torch.from_numpy(values), codes)
+    def feedback_pass(self, codes: torch.Tensor) -> _Solution:
+        symbols, values = self.steps.feedback_pass(expand(codes))
+        return self.solution(symbols, values, codes)
 
     def sweep(self, found: _Solution) -> _Solution:
-        """All lanes once, each with every other one fixed."""
-        import torch
-
-        from athena_gguf.encode.passes import sweep
-
-        symbols, values, pull = found.symbols.copy(), found.values.numpy().copy(), found.pull.numpy().copy()
-        scale, metric = self.expand(found.codes), self.metric
-        lanes = (metric.lane_factors.numpy(), metric.lane_inverses.numpy())
-        sweep(self.kind)(pull, metric.h.numpy(), *lanes, scale.numpy(), symbols, values)
-        moved = torch.from_numpy(values)
-        loss = ((self.w - moved * scale) * torch.from_numpy(pull)).sum(1)
-        return _better(found, _Solution(symbols, moved, found.codes, torch.from_numpy(pull), loss))
+        symbols, values, pull = found.symbols.clone(), found.values.clone(), found.pull.clone()
+        scale = expand(found.codes)
+        self.steps.sweep(pull, scale, symbols, values)
+        loss = ((self.w - values * scale.repeat(1, LANES)) * pull).sum(1)
+        return _better(found, _Solution(symbols, values, found.codes, pull, loss))
 
 
 def _better(one: _Solution, other: _Solution) -> _Solution:
@@ -138,11 +133,11 @@ def _better(one: _Solution, other: _Solution) -> _Solution:
     import torch
 
     take = other.loss < one.loss
-    pick = take.numpy()[:, None]
+    row = take[:, None]
     return _Solution(
-        np.where(pick, other.symbols, one.symbols),
-        torch.where(take[:, None], other.values, one.values),
-        np.where(pick, other.codes, one.codes),
-        torch.where(take[:, None], other.pull, one.pull),
+        torch.where(row, other.symbols, one.symbols),
+        torch.where(row, other.values, one.values),
+        torch.where(row, other.codes, one.codes),
+        torch.where(row, other.pull, one.pull),
         torch.where(take, other.loss, one.loss),
     )

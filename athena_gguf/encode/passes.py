@@ -32,8 +32,8 @@ def _add_product(out, a, b, sign):  # type: ignore[no-untyped-def]
 def feedback_pass(kind: AType) -> Callable[..., None]:
     """The compiled `run(x, upper, scale, symbols, values)`: all lanes once, each after the errors of those before it.
 
-    In: `x` [rows, columns] the weights, columns lane by lane, used up; `upper` [columns, columns]; `scale` as x.
-    Out: `symbols` uint8 and `values` float32, both as x.
+    In: `x` [rows, columns] the weights, columns lane by lane, used up; `upper` [columns, columns]; `scale` [rows,
+    steps]. Out: `symbols` uint8 and `values` int8, both as x.
     """
     search = lane_search(kind)
 
@@ -47,7 +47,7 @@ def feedback_pass(kind: AType) -> Callable[..., None]:
         for a in range(0, columns, steps):
             z = a + steps
             factor = upper[a:z, a:z].copy()
-            search(x[:, a:z].copy(), factor, scale[:, a:z].copy(), s, v, e, cost)
+            search(x[:, a:z].copy(), factor, scale, s, v, e, cost)
             symbols[:, a:z] = s
             values[:, a:z] = v
             if z < columns:
@@ -61,8 +61,8 @@ def sweep(kind: AType) -> Callable[..., None]:
     """The compiled `run(pull, h, factors, inverses, scale, symbols, values)`: every lane once, all others fixed.
 
     `pull` [rows, columns] is the error times h, half the gradient of the loss, and is kept so; `h` [columns, columns];
-    `factors`, `inverses` [lanes, steps, steps] of `Metric`; `scale`, `symbols`, `values` [rows, columns], columns lane
-    by lane, the latter two updated. A row's lane changes only if that lowers the row's loss.
+    `factors`, `inverses` [lanes, steps, steps] of `Metric`; `scale` [rows, steps]; `symbols`, `values` [rows, columns],
+    columns lane by lane, updated. A row's lane changes only if that lowers the row's loss.
     """
     search = lane_search(kind)
 
@@ -81,11 +81,10 @@ def sweep(kind: AType) -> Callable[..., None]:
             # lane's own block of h, and a constant.
             shift[:] = 0
             _add_product(shift, pull[:, a:z], inverses[lane], np.float32(1))
-            lane_scale = scale[:, a:z].copy()
             for r in range(rows):
                 for t in range(steps):
-                    target[r, t] = values[r, a + t] * lane_scale[r, t] + shift[r, t]
-            search(target, factors[lane], lane_scale, s, v, e, cost)
+                    target[r, t] = values[r, a + t] * scale[r, t] + shift[r, t]
+            search(target, factors[lane], scale, s, v, e, cost)
             for r in range(rows):
                 before = np.float32(0)
                 for t in range(steps):
@@ -94,7 +93,7 @@ def sweep(kind: AType) -> Callable[..., None]:
                 for t in range(steps):
                     e[r, t] = 0
                     if better:
-                        e[r, t] = (values[r, a + t] - v[r, t]) * lane_scale[r, t]
+                        e[r, t] = (values[r, a + t] - v[r, t]) * scale[r, t]
                         values[r, a + t] = v[r, t]
                         symbols[r, a + t] = s[r, t]
             _add_product(pull, e, h[a:z], np.float32(1))

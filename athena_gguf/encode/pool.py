@@ -1,7 +1,7 @@
-"""Spreads the encoding of tensors over CPU threads, in pieces of rows.
+"""Spreads the encoding of tensors over CPU threads, in pieces of rows, or feeds them to a GPU one after the other.
 
-Every piece is computed by one thread with single-threaded algebra, and the cut into pieces does not depend on the
-number of threads: neither does the result.
+On the CPU every piece is computed by one thread with single-threaded algebra, and the cut into pieces does not depend
+on the number of threads: neither does the result.
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ if TYPE_CHECKING:
     import torch
 
 PIECE = 256  # rows
+GPU_PIECE = 1 << 26  # weights, of about 40 bytes on the device
 
 
 class EncodePool:
     """Use as a context manager; leaving it cancels what has not started."""
 
-    def __init__(self, options: EncodeOptions, threads: int) -> None:
+    def __init__(self, options: EncodeOptions, threads: int, device: torch.device | str = "cpu") -> None:
+        """Raises AthenaError if the device is a GPU for which kernels cannot be made."""
         import torch
 
-        self.options = options
+        self.options, self.gpu = options, torch.device(device).type == "cuda"
         # The initializer runs in every worker thread: torch's thread count is kept per thread.
         self.executor = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        self.workers = self.executor
+        if self.gpu:
+            from athena_gguf.encode.cuda.launch import require_cuda
+
+            require_cuda()
+            # One thread hands the device its work; others would only take turns with it.
+            self.workers = ThreadPoolExecutor(1, "encode on the GPU")
 
     def __enter__(self) -> EncodePool:
         import torch
@@ -45,16 +54,22 @@ class EncodePool:
 
         torch.set_num_threads(self.before)
         self.executor.shutdown(wait=True, cancel_futures=True)
+        self.workers.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, weight: torch.Tensor, metric: Metric, kind: AType) -> Callable[[], Encoded]:
-        """Start encoding `weight` [rows, columns]; the result's call waits for it."""
+        """Start encoding `weight` [rows, columns], metric on the pool's device; the result's call waits for it."""
         from athena_gguf.encode.passes import feedback_pass, sweep
 
-        feedback_pass(kind)  # made here: workers that ask for them at once would each compile their own
-        sweep(kind)
+        piece, ready = PIECE, None
+        if self.gpu:
+            piece = -(-len(weight) // -(-weight.numel() // GPU_PIECE))
+            ready = _mark(metric.device)
+        else:
+            feedback_pass(kind)  # made here: workers that ask for them at once would each compile their own
+            sweep(kind)
         pieces: list[Future[Encoded]] = [
-            self.executor.submit(encode_rows, weight[a : a + PIECE], metric, kind, self.options)
-            for a in range(0, len(weight), PIECE)
+            self.workers.submit(self._encode, weight[a : a + piece], metric, kind, ready)
+            for a in range(0, len(weight), piece)
         ]
 
         def result() -> Encoded:
@@ -63,3 +78,23 @@ class EncodePool:
             return Encoded(data, sum(p.loss for p in parts), sum(p.power for p in parts))
 
         return result
+
+    def _encode(self, weight: torch.Tensor, metric: Metric, kind: AType, ready: torch.cuda.Event | None) -> Encoded:
+        import torch
+
+        if ready is None:
+            return encode_rows(weight, metric, kind, self.options, self.gpu)
+        with torch.cuda.device(metric.device):
+            ready.wait()
+            return encode_rows(weight, metric, kind, self.options, self.gpu)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """What a GPU has to do until weight and metric are there, if this thread works on a stream of its own."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,6 +1,9 @@
 """Rows of symbols to bytes and back, and the NumPy reference decoder (`docs/format.md`, "Row" and "Value")."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +11,11 @@ import numpy.typing as npt
 from athena_gguf.format.scales import decode_scale
 from athena_gguf.format.types import GROUP, LANES, SUPERBLOCK, AType
 
+if TYPE_CHECKING:
+    import torch
+
 U8 = npt.NDArray[np.uint8]
+Bytes = TypeVar("Bytes", U8, "torch.Tensor")  # packing works on arrays of either kind
 ONE, TWO = np.uint8(1), np.uint8(2)  # keep bytes bytes, for NumPy and for mypy
 
 
@@ -42,19 +49,22 @@ def levels(kind: AType, symbols: U8) -> npt.NDArray[np.int8]:
     return (kind.table1[w].astype(np.int16) + kind.table2[delayed] - 64).astype(np.int8)
 
 
-def pack_rows(kind: AType, symbols: U8, scale_bytes: U8) -> U8:
-    """Symbols [rows, columns] below 2^bits and scale bytes [rows, columns / 64] to rows of bytes [rows, row_bytes]."""
+def pack_rows(kind: AType, symbols: Bytes, scale_bytes: Bytes) -> Bytes:
+    """Symbols [rows, columns] below 2^bits and scale bytes [rows, columns / 64] to rows of bytes [rows, row_bytes].
+
+    NumPy arrays or torch tensors of bytes, on any device; the result is of the same kind.
+    """
     rows, columns = symbols.shape
     size = row_bytes(kind, columns)
     if scale_bytes.shape != (rows, columns // GROUP):
         raise ValueError(f"scale bytes have shape {scale_bytes.shape}, not {(rows, columns // GROUP)}")
-    if symbols.size and int(symbols.max()) >> kind.bits:
+    if rows and int(symbols.max()) >> kind.bits:
         raise ValueError(f"a symbol is larger than {kind.bits} bits")
     full = columns // SUPERBLOCK
     cut = full * SUPERBLOCK
     head = _pack_superblocks(kind, symbols[:, :cut].reshape(rows, full, 8, LANES), scale_bytes[:, : full * 4])
     tail = _pack_tails(kind, symbols[:, cut:].reshape(rows, -1, 2, LANES), scale_bytes[:, full * 4 :])
-    out = np.concatenate([head, tail], axis=1)
+    out = _concatenate([head, tail], 1)
     assert out.shape == (rows, size)
     return out
 
@@ -84,25 +94,35 @@ def _fields(bytes_: U8, width: int) -> U8:
     return bytes_[..., None, :] >> shifts[:, None] & np.uint8((1 << width) - 1)
 
 
-def _join(fields: U8, width: int) -> U8:
+def _join(fields: Any, width: int) -> Any:
     """The inverse of `_fields`: [..., 8 / width, n] to [..., n]."""
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    return np.bitwise_or.reduce(fields << shifts[:, None], axis=-2)
+    joined = fields[..., 0, :]
+    for i in range(1, 8 // width):
+        joined = joined | fields[..., i, :] << i * width
+    return joined
 
 
-def _pack_superblocks(kind: AType, s: U8, scales: U8) -> U8:
+def _concatenate(parts: list[Any], axis: int) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts, axis=axis)
+    import torch
+
+    return torch.cat(parts, axis)
+
+
+def _pack_superblocks(kind: AType, s: Any, scales: Any) -> Any:
     """`s` [rows, blocks, 8 steps, 32 lanes]."""
     rows, blocks = s.shape[:2]
     parts = [scales.reshape(rows, blocks, 4)]
     if kind.bits == 4:
         parts.append(_join(s.reshape(rows, blocks, 4, 2, LANES), 4))
     else:
-        high = s if kind.bits == 2 else s >> ONE
+        high = s if kind.bits == 2 else s >> 1
         parts.append(_join(high.reshape(rows, blocks, 2, 4, LANES), 2))
         if kind.bits == 3:
-            parts.append(_join(s & ONE, 1))
+            parts.append(_join(s & 1, 1))
     flat = [p.reshape(rows, blocks, math.prod(p.shape[2:])) for p in parts]
-    return np.concatenate(flat, axis=2).reshape(rows, blocks * 4 * kind.group_bytes)
+    return _concatenate(flat, 2).reshape(rows, blocks * 4 * kind.group_bytes)
 
 
 def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
@@ -118,20 +138,20 @@ def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
     return s.reshape(rows, blocks * SUPERBLOCK), scales.reshape(rows, blocks * 4)
 
 
-def _pack_tails(kind: AType, s: U8, scales: U8) -> U8:
+def _pack_tails(kind: AType, s: Any, scales: Any) -> Any:
     """`s` [rows, blocks, 2 steps, 32 lanes]. A byte holds both steps of lanes j, j + n, ...: n bytes a plane."""
     rows, blocks = s.shape[:2]
     parts = [scales.reshape(rows, blocks, 1)]
     if kind.bits == 4:
         parts.append(_join(s, 4))
     else:
-        parts.append(_tail_plane(s if kind.bits == 2 else s >> ONE, 2))
+        parts.append(_tail_plane(s if kind.bits == 2 else s >> 1, 2))
         if kind.bits == 3:
-            parts.append(_tail_plane(s & ONE, 1))
-    return np.concatenate(parts, axis=2).reshape(rows, blocks * kind.group_bytes)
+            parts.append(_tail_plane(s & 1, 1))
+    return _concatenate(parts, 2).reshape(rows, blocks * kind.group_bytes)
 
 
-def _tail_plane(s: U8, width: int) -> U8:
+def _tail_plane(s: Any, width: int) -> Any:
     rows, blocks = s.shape[:2]
     share = 8 // (2 * width)  # lanes that share a byte
     lanes = s.reshape(rows, blocks, 2, share, LANES // share).swapaxes(2, 3)

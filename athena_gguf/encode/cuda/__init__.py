@@ -1,0 +1,1 @@
+"""The encoder's inner loops as CUDA kernels, written with Numba."""

@@ -1,0 +1,102 @@
+"""CUDA kernels around the scales: the choice of first ones, sums of the normal equations, descent over bytes."""
+
+from __future__ import annotations
+
+from numba import cuda, float32
+
+from athena_gguf.format import GROUP, LANES
+
+ROWS = 32  # of a block of the descent; neighbouring threads hold neighbouring rows
+SHARE = 8  # threads of a row
+
+
+PER_LANE = GROUP // LANES  # steps of a group
+
+
+@cuda.jit(fastmath=True)
+def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped-def]
+    """Keep the scale byte of a group if it errs less than the best before. A thread a group.
+
+    `x` float32, `values` int8 [rows, columns], lane by lane; `scale` [rows, steps]; `unit` [32, steps], of an error;
+    `tried`, `codes` uint8 and `best` float32 [rows, groups].
+    """
+    item = cuda.grid(1)
+    rows, groups = codes.shape
+    if item >= rows * groups:
+        return
+    row, group = item // groups, item % groups
+    lanes, steps = unit.shape
+    loss = float32(0)
+    for lane in range(lanes):
+        for t in range(PER_LANE * group, PER_LANE * group + PER_LANE):
+            column = lane * steps + t
+            error = (x[row, column] - values[row, column] * scale[row, t]) * unit[lane, t]
+            loss += error * error
+    if loss < best[row, group]:
+        best[row, group] = loss
+        codes[row, group] = tried[row, group]
+
+
+@cuda.jit(fastmath=True)
+def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
+    """Entries of the normal equations of some groups, for all rows. A thread a row and pair of groups.
+
+    `products` [some, columns - 64 first, rows]: the curvature of group first + i times its values; `values` [columns,
+    rows]; `normal` [groups, groups, rows] out, both halves. Grid: rows, groups from `first` on, `some`.
+    """
+    row = cuda.grid(1)
+    group, other = first + cuda.blockIdx.z, first + cuda.blockIdx.y
+    if row >= values.shape[1] or other < group:
+        return
+    total = float32(0)
+    start, far = GROUP * cuda.blockIdx.y, GROUP * other
+    for c in range(GROUP):
+        total += products[cuda.blockIdx.z, start + c, row] * values[far + c, row]
+    normal[group, other, row] = total
+    normal[other, group, row] = total
+
+
+@cuda.jit(fastmath=True)
+def descend(normal, right, scales, middles, sweeps, codes):  # type: ignore[no-untyped-def]
+    """`athena_gguf.encode.cpu.descend` for rows that lie side by side. Blocks of (ROWS, SHARE) threads.
+
+    `normal` [groups, groups, rows], `right` [groups, rows] float32, used up; `codes` [groups, rows] uint8, in place.
+    """
+    moved = cuda.shared.array(ROWS, float32)
+    mine, part = cuda.threadIdx.x, cuda.threadIdx.y
+    groups, rows = codes.shape
+    row = cuda.blockIdx.x * ROWS + mine
+    there = row < rows
+    row = min(row, rows - 1)
+    # `right` becomes what the equations leave, so that a step looks at its own group only.
+    for g in range(part, groups, SHARE):
+        rest = right[g, row]
+        for j in range(groups):
+            rest -= normal[g, j, row] * scales[codes[j, row]]
+        if there:
+            right[g, row] = rest
+    cuda.syncthreads()
+    for _ in range(sweeps):
+        for g in range(groups):
+            if part == g % SHARE:
+                diagonal = normal[g, g, row]
+                moved[mine] = float32(0)
+                if diagonal > float32(0):
+                    before = scales[codes[g, row]]
+                    wanted = before + right[g, row] / diagonal
+                    low, high = 0, 255
+                    while low < high:
+                        middle = (low + high) // 2
+                        if middles[middle] < wanted:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    moved[mine] = scales[low] - before
+                    if there:
+                        codes[g, row] = low
+            cuda.syncthreads()
+            change = moved[mine]
+            for j in range(part, groups, SHARE):
+                if there:
+                    right[j, row] -= normal[j, g, row] * change
+            cuda.syncthreads()
