@@ -1,0 +1,113 @@
+"""Models that are run block by block: the same curvature and the same files as from the whole model."""
+
+from contextlib import nullcontext
+
+import pytest
+import tiny_model as tiny
+import torch
+
+import athena_gguf.calibration.blockwise as blockwise
+import athena_gguf.encode.finished as finished
+from athena_gguf.calibration import Lookup, measure_curvature
+from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.conversion import convert
+from athena_gguf.model import LinearLayer, load_model
+from athena_gguf.model.blocks import open_blocks
+
+CPU = torch.device("cpu")
+
+
+def linear(model):
+    return [LinearLayer(n, n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+        ("Gemma3Text", {"head_dim": 32, "sliding_window": 8}),  # layers with masks and positions of their own
+        ("Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),  # work around the blocks
+        ("Phi3", {"pad_token_id": 0}),
+    ],
+)
+def test_curvature_is_that_of_the_whole_model(family, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise, "measuring", nullcontext)  # full precision
+    folder = tiny.make(tmp_path / "model", family, **config)
+    windows = torch.randint(0, 300, (5, 32), generator=torch.Generator().manual_seed(0))
+    model, blocks = load_model(folder, CPU, torch.float32), open_blocks(folder, CPU, torch.float32)
+    lookup, by_blocks = Lookup(), Lookup()
+    whole = {c.about.tensor_names: c for c in measure_curvature(model, linear(model), windows, 2, lookup=lookup)}
+    shelf = Shelf(CPU, 20_000, 40_000, tmp_path)
+    measured = blockwise.measure_blockwise(blocks, linear(blocks.model), windows, 2, shelf, by_blocks)
+    seen = []
+    for found in measured:
+        expected = whole.pop(found.about.tensor_names)
+        torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-6 * float(expected.matrix.max()))
+        assert found.about.effective_tokens == pytest.approx(expected.about.effective_tokens, rel=1e-4)
+        assert found.about.gradient_squares == pytest.approx(expected.about.gradient_squares, rel=1e-3)
+        seen.append(found.about.tensor_names[0])
+        if "layers.1" in seen[-1]:  # weights are there only while their block is at work
+            assert all(p.is_meta for block in blocks.blocks for p in block.parameters())
+    assert not whole and by_blocks.power == pytest.approx(lookup.power, rel=1e-4)
+    assert [name for name in seen if "layers" in name] == sorted((n for n in seen if "layers" in n), key=_backwards)
+    assert shelf.spilled > 0 and not shelf.held and not list(tmp_path.glob("shelf*"))
+
+
+def _backwards(name):
+    return -int(name.split("layers.")[1].split(".")[0])
+
+
+def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
+    blocks = open_blocks(tiny_model, CPU, torch.float32)
+    windows = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    layers = linear(blocks.model)
+    done = {layer.tensor_name for layer in layers if "layers.1" in layer.tensor_name or "head" in layer.tensor_name}
+    shelf = Shelf(CPU, 1 << 20, 0, tmp_path)
+    found = list(blockwise.measure_blockwise(blocks, layers, windows, 2, shelf, Lookup(), done))
+    assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
+
+
+def test_weights_under_other_names_are_not_run_by_blocks(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.make(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.replace("mlp", "ffn"): w for name, w in weights.items()}, folder / "model.safetensors")
+    assert open_blocks(folder, CPU, torch.float32) is None
+
+
+def test_conversion_in_little_memory_gives_the_same_file(tiny_model, options, tmp_path, short_windows):
+    """Activations on disk, one block in memory; a file of a given size, whose types rest on the curvatures too."""
+    for number, changes in enumerate(({}, {"bpw": 4.0})):
+        whole, blocks = tmp_path / f"whole{number}.gguf", tmp_path / f"blocks{number}.gguf"
+        convert(tiny_model, whole, options(**changes))
+        convert(tiny_model, blocks, options(host_memory="1KiB", **changes))
+        assert whole.read_bytes() == blocks.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("host_memory", [None, "1KiB"])
+def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, options, tmp_path, monkeypatch):
+    whole, out, work = tmp_path / "whole.gguf", tmp_path / "out.gguf", tmp_path / "work"
+    convert(tiny_model, whole, options())
+    put, made = finished.FinishedTensors.put, []
+
+    def stop_at_sixth(self, name, kind, encoded):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(name)
+        put(self, name, kind, encoded)
+
+    settings = options(work_dir=work, host_memory=host_memory)
+    monkeypatch.setattr(finished.FinishedTensors, "put", stop_at_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, out, settings)
+    assert not out.exists() and len(list((work / "encoded").iterdir())) == 5
+    damaged = work / "encoded" / f"{made[0]}.A3.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    again = []
+    monkeypatch.setattr(finished.FinishedTensors, "put", lambda *args: (again.append(args[1]), put(*args)))
+    convert(tiny_model, out, settings)
+    assert out.read_bytes() == whole.read_bytes()
+    assert len(again) == 10 and made[0] in again and not set(made[1:]) & set(again)
