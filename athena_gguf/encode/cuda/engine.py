@@ -97,7 +97,6 @@ class CudaSteps:
             pull.addmm_(moved, metric.h[a:z])
 
     def refit(self, values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        import torch
 
         columns, rows = self.target.shape
         groups = columns // GROUP
