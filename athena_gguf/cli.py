@@ -1,35 +1,55 @@
-"""The command line: one function a command, and no logic. Heavy modules are imported by the command that needs them."""
+"""The command line: one function a command, and no logic. Heavy modules are imported by the command that needs them.
 
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong use, 3 some jobs of a batch failed, 70 a fault of this
+program, 130 interrupted (docs/scripting.md).
+"""
+
+import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from athena_gguf import __version__
+from athena_gguf import __version__, progress
 from athena_gguf.errors import AthenaError
+
+FAILED_JOBS, FAULT, INTERRUPTED = 3, 70, 130  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 
 
 class _Commands(TyperGroup):
-    """An AthenaError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    """An exception becomes a line on stderr and an exit code; only one that should not happen shows its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except AthenaError as error:
-            red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-            print(f"{red}error: {' '.join(str(error).split())}{plain}", file=sys.stderr)
+            progress.error(" ".join(str(error).split()), 1)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            progress.interrupted(INTERRUPTED)
+            raise SystemExit(INTERRUPTED) from None
+        except BrokenPipeError:  # whoever read the output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("typer", "click"):  # wrong use, or the end of a command
+                raise
+            traceback.print_exc()
+            progress.error(f"{type(error).__name__}: {error} (a fault of athena-gguf; please report it)", FAULT)
+            raise SystemExit(FAULT) from None
+
+
+def _examples(*commands: str) -> str:
+    """The end of a help text. Paragraphs, since lines of one would be joined."""
+    return "\n\n".join(["Examples:", *commands])
 
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Small GGUF files from large language models: quantize to A2, A3 or A4, look at the result, run it.",
@@ -42,6 +62,25 @@ RuntimeDir = Annotated[
     typer.Option("--dir", help="Folder of the runtime. [default: $ATHENA_GGUF_RUNTIME or the user's cache folder]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Warnings and errors only.",
+        callback=lambda wanted: progress.set_form("quiet") if wanted else None,
+        expose_value=False,
+    ),
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json",
+        help="What happens as JSON, an object a line, on stderr.",
+        callback=lambda wanted: progress.set_form("json") if wanted else None,
+        expose_value=False,
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. [default: all cores]")]
 
 
@@ -70,6 +109,8 @@ def runtime_build(
     ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at once. [default: cores]")] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Also build llama.cpp's tests of the tensor types.")] = False,
+    quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Fetch, patch and build llama.cpp; does nothing when nothing changed."""
     from athena_gguf.runtime import build
@@ -86,7 +127,14 @@ def runtime_path(folder: RuntimeDir = None) -> None:
     print(binary_dir(folder))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "athena-gguf convert models/SmolLM2-135M SmolLM2-A3.gguf --type A3",
+        "athena-gguf convert HuggingFaceTB/SmolLM2-135M-Instruct small.gguf --preset small",
+        "athena-gguf convert MODEL OUT.gguf --size 5.5GiB --dry-run",
+        "athena-gguf convert MODEL OUT.gguf --bpw 3.4 --calibration text.txt --work-dir work",
+    )
+)
 def convert(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
@@ -149,6 +197,8 @@ def convert(
         Path | None, typer.Option("--work-dir", help="Folder for what further conversions can use. [default: none]")
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
+    quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Quantize a Hugging Face model to a GGUF file."""
     from athena_gguf.conversion import ConvertOptions
@@ -178,18 +228,20 @@ def convert(
     run_convert(model, out, options)
 
 
-@app.command()
+@app.command(epilog=_examples("athena-gguf base models/SmolLM2-135M SmolLM2-BF16.gguf"))
 def base(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Write a model's BF16 GGUF through llama.cpp's converter."""
-    from athena_gguf.gguf_file import write_base
+    from athena_gguf import api
 
-    write_base(model, out)
+    api.base(model, out)
 
 
-@app.command()
+@app.command(epilog=_examples("athena-gguf inspect A3.gguf", "athena-gguf inspect A3.gguf --json | jq .types"))
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
     as_json: Json = False,
@@ -200,7 +252,7 @@ def inspect(
     print_inspection(file, as_json)
 
 
-@app.command("eval")
+@app.command("eval", epilog=_examples("athena-gguf eval A3.gguf --base BASE.gguf --text text.txt --windows 20"))
 def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The GGUF file to evaluate.")],
     base_file: Annotated[Path, typer.Option("--base", metavar="BASE.gguf", help="The file it is compared with.")],
@@ -215,6 +267,8 @@ def evaluate(
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Compare a file with its base: KL divergence, perplexity, how often the most probable token is the same."""
     from athena_gguf.report.evaluate import print_evaluation
@@ -222,7 +276,45 @@ def evaluate(
     print_evaluation(file, base_file, text, windows, base_logits, threads, as_json)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "athena-gguf batch jobs.toml",
+        "athena-gguf batch jobs.toml --workers 2 --json > report.json",
+        "athena-gguf batch jobs.toml --ray auto",
+    )
+)
+def batch(
+    jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs (docs/batch.md).")],
+    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Models at once.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run on this Ray cluster ('auto': the one around; 'local': a new one of --workers workers here).",
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    log_json: LogJson = False,
+) -> None:
+    """Make many files, and report; what is finished is not made again. Exit code 3 if some jobs failed."""
+    import json
+
+    from athena_gguf.jobs import run_batch
+
+    report = run_batch(jobs, workers=workers, ray=ray)
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.table())
+    if not report.ok:
+        raise typer.Exit(FAILED_JOBS)
+
+
+@app.command(
+    epilog=_examples(
+        'athena-gguf run A3.gguf -p "What is the capital of France?"',
+        'athena-gguf run A3.gguf -p "Once upon a time" --raw -n 64 --temperature 0',
+    )
+)
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],

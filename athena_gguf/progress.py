@@ -42,6 +42,14 @@ def error(text: str, code: int) -> None:
     print(f"{red}error: {text}{plain}", file=sys.stderr, flush=True)
 
 
+def interrupted(code: int) -> None:
+    """The command ends because it was asked to."""
+    if _form == "json":
+        _event("error", text="interrupted", code=code)
+    else:
+        print("interrupted", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """A step of unknown length: its name when it starts, the seconds it took when it ends."""

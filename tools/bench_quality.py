@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from athena_gguf.allocate import PRESETS
+from athena_gguf.allocate import target_settings
 from athena_gguf.cli import app
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile
@@ -52,7 +52,7 @@ def main() -> int:
 def row(target: str, chosen: argparse.Namespace, rest: list[str]) -> list[str]:
     """Convert, evaluate and describe one file."""
     out = chosen.work / f"{target}.gguf"
-    options = ["--base", str(chosen.base), "--work-dir", str(chosen.work), *option(target), *rest]
+    options = ["--base", str(chosen.base), "--work-dir", str(chosen.work), *target_options(target), *rest]
     # A conversion that chooses nothing predicts nothing.
     predicted = dry_run(chosen.model, out, options) if target in TYPES else None
     start = time.monotonic()
@@ -77,14 +77,9 @@ def row(target: str, chosen: argparse.Namespace, rest: list[str]) -> list[str]:
     return [target, *size, mix, f"{predicted:.4f}", *cells, f"{seconds:.0f}"]
 
 
-def option(target: str) -> list[str]:
-    if target in TYPES:
-        return ["--type", target]
-    if target in PRESETS:
-        return ["--preset", target]
-    if match := re.fullmatch(r"([\d.]+)bpw", target):
-        return ["--bpw", match[1]]
-    return ["--size", target]
+def target_options(target: str) -> list[str]:
+    ((name, value),) = target_settings(target).items()
+    return [f"--{name}", str(value)]
 
 
 def convert(model: Path, out: Path, options: list[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.format import TYPES
 
 # Bits a weight over all tensors.
 PRESETS = {"tiny": 2.5, "small": 3.0, "medium": 3.5, "large": 4.25, "best": 5.5}
@@ -71,6 +72,25 @@ def parse_target(
             raise AthenaError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         return Target("--preset", f"preset {preset}", bpw=PRESETS[preset])
     return None
+
+
+def target_settings(name: str) -> dict[str, Any]:
+    """The settings of a conversion that a short name asks for: a type (A3), a preset (small), bits a weight over all
+    (3.4bpw) or the size of the file (71MiB). Raises AthenaError for anything else."""
+    if name.upper() in TYPES:
+        return {"type": name.upper()}
+    if name in PRESETS:
+        return {"preset": name}
+    if match := re.fullmatch(r"(\d+\.?\d*|\.\d+) ?bpw", name):
+        return {"bpw": float(match[1])}
+    try:
+        parse_bytes("", name)
+    except AthenaError:
+        raise AthenaError(
+            f"target {name}: give a type ({', '.join(TYPES)}), a preset ({', '.join(PRESETS)}), bits a weight such as "
+            "3.4bpw, or a size such as 5.5GiB"
+        ) from None
+    return {"size": name}
 
 
 def parse_bytes(option: str, text: str) -> int:

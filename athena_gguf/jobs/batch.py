@@ -1,0 +1,110 @@
+"""Runs the jobs: one after the other within a model, models side by side; a killed job is started once more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+
+from athena_gguf import progress
+from athena_gguf.errors import AthenaError
+from athena_gguf.jobs import state
+from athena_gguf.jobs.pools import LocalPool, Pool, RayPool
+from athena_gguf.jobs.process import Attempt
+from athena_gguf.jobs.report import BatchReport, JobReport, Status
+from athena_gguf.jobs.spec import Batch, Job, read_batch
+from athena_gguf.lock import locked
+
+ATTEMPTS = 2  # of a job that was killed, or whose machine was lost
+
+
+def run_batch(path: Path, *, workers: int = 1, ray: str | None = None) -> BatchReport:
+    """Make every file that the file of jobs `path` asks for, except those that were made before with the same settings
+    and are still there.
+
+    `workers`: models at once. `ray`: address of a Ray cluster to run on, or "local" for one of `workers` workers on
+    this machine. Goes on after a job fails. Raises AthenaError if the file of jobs is wrong, a folder cannot be
+    written, or the cluster is not there.
+    """
+    batch = read_batch(path)
+    try:
+        batch.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AthenaError(f"{batch.out}: {error.strerror}; choose another folder with out =") from error
+    with locked(batch.state, "out ="):
+        kept = {job.name: result for job in batch.jobs if (result := state.finished(batch.state, job)) is not None}
+        reports = {name: _report(batch, name, "kept", 0, [], kept[name]) for name in kept}
+        to_do = [job for job in batch.jobs if job.name not in kept]
+        if kept:
+            progress.note(f"{len(kept)} of {len(batch.jobs)} files are there already")
+        if to_do:
+            pool: Pool = LocalPool(batch.state, workers) if ray is None else RayPool(batch.state, workers, ray)
+            try:
+                reports |= _run(batch, to_do, pool)
+            finally:
+                pool.stop()
+        report = BatchReport(tuple(reports[job.name] for job in batch.jobs))
+        _write(batch.state / "report.json", report)
+        if not batch.keep_work and report.ok:
+            shutil.rmtree(batch.work, ignore_errors=True)
+        return report
+
+
+def _run(batch: Batch, jobs: list[Job], pool: Pool) -> dict[str, JobReport]:
+    """One job of every model at a time."""
+    queues: dict[str, deque[Job]] = {}
+    for job in jobs:
+        queues.setdefault(job.group, deque()).append(job)
+    attempts: dict[str, list[Attempt]] = {job.name: [] for job in jobs}
+    reports: dict[str, JobReport] = {}
+    running: dict[Future[Attempt], Job] = {pool.submit(queue[0]): queue[0] for queue in queues.values()}
+    with progress.bar(f"batch of {len(jobs)} jobs", len(jobs)) as advance:
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                made = attempts[job.name]
+                made.append(future.result())
+                last = made[-1]
+                if last.killed and len(made) < ATTEMPTS:
+                    progress.note(f"warning: {job.name}: {last.message}; it is started once more")
+                    running[pool.submit(job)] = job
+                    continue
+                status: Status = "done" if last.result is not None else "killed" if last.killed else "failed"
+                if last.result is not None:
+                    state.remember(batch.state, job, last.result)
+                    progress.note(f"{job.name}: done in {last.seconds:.1f} s")
+                else:
+                    progress.note(f"warning: {job.name}: {last.message}")
+                reports[job.name] = _report(batch, job.name, status, len(made), made, last.result)
+                advance(1)
+                queue = queues[job.group]
+                queue.popleft()
+                if queue:
+                    running[pool.submit(queue[0])] = queue[0]
+    return reports
+
+
+def _report(
+    batch: Batch, name: str, status: Status, count: int, attempts: list[Attempt], result: dict[str, object] | None
+) -> JobReport:
+    job = next(job for job in batch.jobs if job.name == name)
+    return JobReport(
+        name=name,
+        model=job.model,
+        file=job.out,
+        status=status,
+        message=attempts[-1].message if attempts else "",
+        attempts=count,
+        seconds=sum(attempt.seconds for attempt in attempts),
+        result=result,
+        log=str(state.log_file(batch.state, job)),
+    )
+
+
+def _write(path: Path, report: BatchReport) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,65 @@
+"""The process of one job: `python -m athena_gguf.jobs.child`.
+
+Its first input line is the job as JSON; its output is the conversion's result as JSON, and what it says on stderr is
+JSON lines. It ends when its input does, so that it never outlives the batch, however that ends.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+
+from athena_gguf import progress
+from athena_gguf.errors import AthenaError
+
+_GRACE = 30.0  # seconds to remove temporary files in
+
+
+# The input is read without Python's buffer: a thread that waits in there would make the interpreter's end fail.
+def _first_line() -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (part := os.read(0, 1 << 16)):
+        line += part
+    return line
+
+
+def _end_with_input() -> None:
+    while os.read(0, 1 << 16):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os._exit(1)
+
+
+def main() -> int:
+    job = json.loads(_first_line())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    if job["cpus"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, job["cpus"])
+    progress.set_form("json")
+    result = os.dup(1)
+    os.dup2(2, 1)  # whatever libraries print
+    try:
+        from athena_gguf import api
+        from athena_gguf.memory import keep_freed_memory
+
+        keep_freed_memory()
+        made = api.convert(job["model"], job["out"], work_dir=job["work_dir"], **job["settings"])
+    except AthenaError as error:
+        progress.error(" ".join(str(error).split()), 1)
+        return 1
+    with open(result, "w", encoding="utf-8") as out:
+        json.dump(asdict(made), out)
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main())

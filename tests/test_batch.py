@@ -1,0 +1,239 @@
+"""Batches: the file of jobs, six jobs with a bad and a killed one, resuming, a Ray cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny_model as tiny
+from typer.testing import CliRunner
+
+from athena_gguf import cli
+from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.jobs import read_batch, run_batch
+from athena_gguf.jobs.spec import STATE
+
+FAMILIES = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 32})}
+
+
+@pytest.fixture
+def folder(tmp_path, runtime, text):
+    """Models of three architectures and a text."""
+    for name, (family, config) in FAMILIES.items():
+        tiny.make(tmp_path / name, family, num_hidden_layers=1, **config)
+    (tmp_path / "text.txt").write_text(text.read_text())
+    return tmp_path
+
+
+def write(folder, models, head='out = "files"\nwork = "work"'):
+    path = folder / "jobs.toml"
+    settings = '[settings]\ncalibration = "text.txt"\ncalibration-tokens = 1024\ndevice = "cpu"\n'
+    entries = [f'[[model]]\nmodel = "{name}"\ntargets = {json.dumps(targets)}\n' for name, targets in models.items()]
+    path.write_text("\n".join([head, settings, *entries]))
+    return path
+
+
+def log(folder, file):
+    """The events of a job's log."""
+    return [json.loads(line) for line in (folder / "files" / STATE / f"{file}.log").read_text().splitlines()]
+
+
+def count(events, event, text):
+    return sum(e["event"] == event and text in (e.get("text") or e.get("stage")) for e in events)
+
+
+def kill_when(folder, file, text, victim):
+    """A thread that kills the process which `victim` finds once the job's log has the text; what it killed."""
+    killed = []
+
+    def watch():
+        path = folder / "files" / STATE / f"{file}.log"
+        while not killed:
+            if path.exists() and text in path.read_text() and (pid := victim(file)):
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return killed
+
+
+def job_process(file):
+    """The process of a job: the one whose stderr is the job's log."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if b"athena_gguf.jobs.child" in command and os.readlink(process / "fd" / "2").endswith(f"/{file}.log"):
+                return int(process.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
+def test_six_jobs_one_bad_one_killed(folder, capfd):
+    """Five good files, one clear report, no work done twice; a second run makes the bad one only."""
+    bad = {"file": "bad.gguf", "type": "A3", "calibration": "absent.txt"}
+    models = {"llama": ["A2", "A3"], "qwen2": ["A3", "A4"], "qwen3": ["A3"]}
+    path = write(folder, models)
+    entry = f'[[model]]\nmodel = "llama"\nname = "bad"\ntargets = [{{ {", ".join(f"{k} = {v!r}" for k, v in bad.items())} }}]\n'
+    path.write_text(path.read_text() + entry)
+    killed = kill_when(folder, "qwen2-A3.gguf", "curvature of the loss", job_process)
+    result = CliRunner().invoke(cli.app, ["batch", str(path), "--workers", "2", "--json"])
+    assert result.exit_code == cli.FAILED_JOBS, result.output
+    report = {Path(job["file"]).name: job for job in json.loads(result.stdout)["jobs"]}
+    assert json.loads((folder / "files" / STATE / "report.json").read_text()) == json.loads(result.stdout)
+    good = [f"{name}-{kind}.gguf" for name, kinds in models.items() for kind in kinds]
+    assert {name: job["status"] for name, job in report.items()} == dict.fromkeys(good, "done") | {"bad.gguf": "failed"}
+    assert "absent.txt: no such file" in report["bad.gguf"]["message"] and report["bad.gguf"]["attempts"] == 1
+    assert len(killed) == 1 and report["qwen2-A3.gguf"]["attempts"] == 2
+    for name in good:
+        with GGUFFile(folder / "files" / name) as file:
+            assert file.metadata["athena.type"] == name[-7:-5]
+            assert report[name]["result"]["bytes"] == file.n_bytes
+    assert sorted(p.name for p in (folder / "files").iterdir()) == sorted([STATE, *good])
+    # The base file was made and the curvature measured once for each model; for the killed job's, after the kill too.
+    for name, kinds in models.items():
+        logs = [event for kind in kinds for event in log(folder, f"{name}-{kind}.gguf")]
+        assert count(logs, "end", "base file") == 1, name
+        assert count(logs, "end", "curvature") == 1, name
+    before = {name: (folder / "files" / name).stat().st_mtime_ns for name in good}
+    (folder / "absent.txt").write_text((folder / "text.txt").read_text())
+    again = {Path(job.file).name: job.status for job in run_batch(path).jobs}
+    assert again == dict.fromkeys(good, "kept") | {"bad.gguf": "done"}
+    assert before == {name: (folder / "files" / name).stat().st_mtime_ns for name in good}
+
+
+def test_what_changed_is_made_again(folder):
+    """A marker with a fingerprint decides, not that a file is there."""
+
+    def statuses(head='out = "files"\nwork = "work"', **models):
+        return [job.status for job in run_batch(write(folder, models or {"llama": ["A2"]}, head)).jobs]
+
+    (folder / "files").mkdir()
+    (folder / "files" / "llama-A2.gguf").write_text("not ours")
+    assert statuses() == ["done"]
+    assert statuses() == ["kept"]
+    out = folder / "files" / "llama-A2.gguf"
+    made = out.read_bytes()
+    out.write_bytes(made[:-1] + b"x")
+    assert statuses() == ["done"] and out.read_bytes() == made
+    os.utime(folder / "llama" / "model.safetensors")
+    # Without work = the work directory goes when all is done.
+    assert statuses(head='out = "files"') == ["done"]
+    assert sorted(p.name for p in (folder / "files" / STATE).iterdir()) == [
+        ".lock",
+        "llama-A2.gguf.json",
+        "llama-A2.gguf.log",
+        "report.json",
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
+def test_jobs_end_with_the_batch(folder):
+    """Even when it is killed."""
+    path = write(folder, {"llama": ["A2"]})
+    command = [sys.executable, "-c", "from athena_gguf.cli import main; main()", "batch", str(path), "--quiet"]
+    batch = subprocess.Popen(command)
+    while (child := job_process("llama-A2.gguf")) is None:
+        assert batch.poll() is None
+        time.sleep(0.05)
+    batch.kill()
+    batch.wait()
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        time.sleep(0.05)
+    assert not (folder / "files" / "llama-A2.gguf").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
+def test_ray_cluster_with_a_lost_worker(folder):
+    pytest.importorskip("ray")
+
+    def worker(file):
+        """The Ray worker that runs the job: the parent of its process."""
+        child = job_process(file)
+        return child and int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+
+    path = write(folder, {"llama": ["A3"], "qwen2": ["A2", "A3"]})
+    killed = kill_when(folder, "llama-A3.gguf", "start", worker)
+    report = run_batch(path, workers=2, ray="local")
+    assert [job.status for job in report.jobs] == ["done"] * 3, report.table()
+    assert len(killed) == 1 and [job.attempts for job in report.jobs] == [2, 1, 1]
+    assert all((folder / "files" / f"{name}.gguf").exists() for name in ("llama-A3", "qwen2-A2", "qwen2-A3"))
+
+
+GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("[[model]", "no TOML file"),
+        ("", r"give each model an entry \[\[model\]\]"),
+        ("outt = 1\n" + GOOD, "the file has outt, which means nothing; known are model, out"),
+        ('[[model]]\ntargets = ["A3"]', "model of the model without model = must be a text"),
+        ('[[model]]\nmodel = "llama"', "needs targets"),
+        ('[[model]]\nmodel = "llama"\ntargets = ["A7"]', "target A7: give a type"),
+        ('[[model]]\nmodel = "llama"\ntargets = [3]', "3 is no target"),
+        ('[[model]]\nmodel = "llama"\ntargets = [{ file = "../x" }]', "no file name"),
+        (GOOD + "sede = 1", "has sede"),
+        (GOOD + 'seed = "1"', "seed = '1' is of the wrong kind"),
+        (GOOD + "calibration = [1]", "of the wrong kind"),
+        (GOOD + "dry-run = true", "has dry_run"),
+        (GOOD + GOOD, "two jobs have the name llama/llama-A3.gguf"),
+        (GOOD + '[[model]]\nmodel = "qwen2"\nname = "llama"\ntargets = ["A2"]', "two models are called llama"),
+    ],
+)
+def test_wrong_files_of_jobs(content, match, tmp_path):
+    path = tmp_path / "jobs.toml"
+    path.write_text(content)
+    with pytest.raises(AthenaError, match=match):
+        read_batch(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["jobs.toml"]
+
+
+def test_file_of_jobs(tmp_path):
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    path = tmp_path / "jobs.toml"
+    path.write_text(
+        """
+        out = "files"
+        [settings]
+        calibration = ["a.txt", "self"]
+        seed = 3
+        [[model]]
+        model = "models/small"
+        embedding-type = "A4"
+        targets = ["a3", "3.4bpw", "71MiB", { file = "x.gguf", fit-memory = "8GiB", seed = 4 }]
+        [[model]]
+        model = "org/name@v2"
+        name = "other"
+        targets = ["tiny"]
+        """
+    )
+    batch = read_batch(path)
+    shared = {"calibration": [str(tmp_path / "a.txt"), "self"], "seed": 3}
+    small = shared | {"embedding_type": "A4"}
+    assert [job.settings for job in batch.jobs] == [
+        small | {"type": "A3"},
+        small | {"bpw": 3.4},
+        small | {"size": "71MiB"},
+        small | {"fit_memory": "8GiB", "seed": 4},
+        shared | {"preset": "tiny"},
+    ]
+    assert [Path(job.out).name for job in batch.jobs] == [
+        "small-a3.gguf",
+        "small-3.4bpw.gguf",
+        "small-71MiB.gguf",
+        "x.gguf",
+        "other-tiny.gguf",
+    ]
+    assert {job.model for job in batch.jobs} == {str(tmp_path / "models" / "small"), "org/name@v2"}
+    assert {Path(job.out).parent for job in batch.jobs} == {tmp_path / "files"} and not batch.keep_work
