@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from athena_gguf import cli
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile
-from athena_gguf.jobs import read_batch, run_batch
+from athena_gguf.jobs import Job, read_batch, run_batch, state
 from athena_gguf.jobs.spec import STATE
 
 FAMILIES = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 32})}
@@ -80,11 +81,10 @@ def job_process(file):
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
 def test_six_jobs_one_bad_one_killed(folder, capfd):
     """Five good files, one clear report, no work done twice; a second run makes the bad one only."""
-    bad = {"file": "bad.gguf", "type": "A3", "calibration": "absent.txt"}
     models = {"llama": ["A2", "A3"], "qwen2": ["A3", "A4"], "qwen3": ["A3"]}
     path = write(folder, models)
-    entry = f'[[model]]\nmodel = "llama"\nname = "bad"\ntargets = [{{ {", ".join(f"{k} = {v!r}" for k, v in bad.items())} }}]\n'
-    path.write_text(path.read_text() + entry)
+    bad = '{ file = "bad.gguf", type = "A3", calibration = "absent.txt" }'
+    path.write_text(path.read_text() + f'[[model]]\nmodel = "llama"\nname = "bad"\ntargets = [{bad}]\n')
     killed = kill_when(folder, "qwen2-A3.gguf", "curvature of the loss", job_process)
     result = CliRunner().invoke(cli.app, ["batch", str(path), "--workers", "2", "--json"])
     assert result.exit_code == cli.FAILED_JOBS, result.output
@@ -111,29 +111,25 @@ def test_six_jobs_one_bad_one_killed(folder, capfd):
     assert before == {name: (folder / "files" / name).stat().st_mtime_ns for name in good}
 
 
-def test_what_changed_is_made_again(folder):
-    """A marker with a fingerprint decides, not that a file is there."""
-
-    def statuses(head='out = "files"\nwork = "work"', **models):
-        return [job.status for job in run_batch(write(folder, models or {"llama": ["A2"]}, head)).jobs]
-
-    (folder / "files").mkdir()
-    (folder / "files" / "llama-A2.gguf").write_text("not ours")
-    assert statuses() == ["done"]
-    assert statuses() == ["kept"]
-    out = folder / "files" / "llama-A2.gguf"
-    made = out.read_bytes()
-    out.write_bytes(made[:-1] + b"x")
-    assert statuses() == ["done"] and out.read_bytes() == made
-    os.utime(folder / "llama" / "model.safetensors")
-    # Without work = the work directory goes when all is done.
-    assert statuses(head='out = "files"') == ["done"]
-    assert sorted(p.name for p in (folder / "files" / STATE).iterdir()) == [
-        ".lock",
-        "llama-A2.gguf.json",
-        "llama-A2.gguf.log",
-        "report.json",
-    ]
+def test_what_counts_as_made(tmp_path):
+    """A file with its fingerprint, not any file of that name."""
+    (tmp_path / "model").mkdir()
+    for name in ("model/config.json", "a.txt", "b.txt", "out.gguf"):
+        (tmp_path / name).write_text("something")
+    settings = {"type": "A3", "calibration": [str(tmp_path / "a.txt")]}
+    job = Job("j", "g", str(tmp_path / "model"), str(tmp_path / "out.gguf"), str(tmp_path / "work"), settings)
+    assert state.finished(tmp_path, job) is None
+    state.remember(tmp_path, job, {"bytes": 9})
+    assert state.finished(tmp_path, job) == {"bytes": 9}
+    for change in ({"type": "A2"}, {"calibration": [str(tmp_path / "b.txt")]}, {"seed": 1}):
+        assert state.finished(tmp_path, replace(job, settings=settings | change)) is None
+    for name in ("model/config.json", "a.txt", "out.gguf"):
+        (tmp_path / name).write_text("another thing")
+        assert state.finished(tmp_path, job) is None
+        state.remember(tmp_path, job, {})
+    (tmp_path / "out.gguf").unlink()
+    assert state.finished(tmp_path, job) is None
+    assert state.finished(tmp_path, replace(job, model="org/name-that-is-not-here")) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
@@ -161,12 +157,13 @@ def test_ray_cluster_with_a_lost_worker(folder):
         child = job_process(file)
         return child and int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
 
-    path = write(folder, {"llama": ["A3"], "qwen2": ["A2", "A3"]})
+    path = write(folder, {"llama": ["A3"], "qwen2": ["A2", "A3"]}, head='out = "files"')
     killed = kill_when(folder, "llama-A3.gguf", "start", worker)
     report = run_batch(path, workers=2, ray="local")
     assert [job.status for job in report.jobs] == ["done"] * 3, report.table()
     assert len(killed) == 1 and [job.attempts for job in report.jobs] == [2, 1, 1]
     assert all((folder / "files" / f"{name}.gguf").exists() for name in ("llama-A3", "qwen2-A2", "qwen2-A3"))
+    assert not (folder / "files" / STATE / "work").exists()  # nobody asked to keep it
 
 
 GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'

@@ -22,7 +22,7 @@ def athena(*arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([c, "--help"] for c in ("convert", "base", "inspect", "eval", "run"))]
+    "arguments", [["--help"], *([c, "--help"] for c in ("convert", "base", "inspect", "eval", "batch", "run"))]
 )
 def test_help(arguments):
     result = athena(*arguments, NO_COLOR="1", COLUMNS="100")
@@ -115,6 +115,75 @@ def test_runtime_build_options_reach_it(monkeypatch, tmp_path):
     assert seen["folder"] == tmp_path and str(seen["checkout"]) == "src"
     assert (seen["jobs"], seen["tests"], seen["source"]) == (3, True, None)
     assert "llama-server" in make.TOOLS
+
+
+def test_a_fault_shows_its_traceback(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ZeroDivisionError("so it goes")
+
+    monkeypatch.setattr("athena_gguf.runtime.build", fail)
+    result = CliRunner().invoke(cli.app, ["runtime", "build"])
+    assert (
+        result.exit_code == cli.FAULT
+        and "Traceback" in result.stderr
+        and "ZeroDivisionError: so it goes" in result.stderr
+    )
+
+
+@pytest.fixture
+def text_form():
+    """Whatever a test sets, the next one starts from the usual form."""
+    yield
+    progress.set_form("text")
+
+
+def work_along():
+    progress.note("hello")
+    progress.note("warning: mind the gap")
+    with progress.stage("first"):
+        pass
+    with progress.bar("second", 4) as advance:
+        for _ in range(4):
+            advance(1)
+    progress.error("too bad", 1)
+
+
+def test_quiet_form(capsys, text_form):
+    progress.set_form("quiet")
+    work_along()
+    assert capsys.readouterr().err.splitlines() == ["warning: mind the gap", "error: too bad"]
+
+
+def test_json_form(capsys, monkeypatch, text_form):
+    monkeypatch.setattr(progress, "_EVENT_SECONDS", 0.0)
+    progress.set_form("json")
+    work_along()
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    times = [e.pop("time") for e in events]
+    assert times == sorted(times)
+    assert events[:4] == [
+        {"event": "note", "text": "hello"},
+        {"event": "warning", "text": "mind the gap"},
+        {"event": "start", "stage": "first"},
+        {"event": "end", "stage": "first", "seconds": events[3]["seconds"]},
+    ]
+    assert events[4] == {"event": "start", "stage": "second", "total": 4}
+    assert [(e["event"], e["done"], e["total"]) for e in events[5:8]] == [("progress", n, 4) for n in (1, 2, 3)]
+    assert events[8]["event"] == "end" and events[9] == {"event": "error", "text": "too bad", "code": 1}
+
+
+def test_forms_on_the_command_line(tmp_path):
+    for option, said in (("--quiet", "error: "), ("--log-json", '{"time": ')):
+        result = athena("base", tmp_path / "absent", tmp_path / "out.gguf", option)
+        assert result.returncode == 1 and result.stderr.startswith(said) and result.stderr.count("\n") == 1
+    assert json.loads(result.stderr)["code"] == 1
+
+
+def test_completion(monkeypatch):
+    """What a shell asks when the user presses the tab key."""
+    for words, wanted in (("athena-gguf conv", "convert"), ("athena-gguf convert --pre", "--preset")):
+        settings = {"_ATHENA_GGUF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert wanted in athena(**settings).stdout.split()
 
 
 def test_plain_progress(capsys, monkeypatch):
