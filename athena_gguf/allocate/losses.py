@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
-METHOD = 3  # raised when the same inputs give other losses
+METHOD = 4  # raised when the same inputs give other losses
 STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can make
 ROWS = 32  # encoded with each A type, at most
 SHARE = 24  # and at most one in so many
@@ -76,7 +76,7 @@ def measure_losses(
     threads = cores()
     with (
         GGUFFile(base_path) as base,
-        EncodePool(settings, threads) as pool,
+        EncodePool(settings, threads, device) as pool,
         progress.bar("losses of the types, from samples", sum(map(plan.elements, plan.shapes))) as advance,
     ):
         sensitivities = _sensitivities(base, plan, calibration.inputs, calibration.lookup)
@@ -91,8 +91,9 @@ def measure_losses(
 
         for matrix, names in _groups(plan, calibration):
             metric = None
+            matrix = None if matrix is None else matrix.to(device)
             if any(name in plan.fitting for name in names):
-                metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0])
+                metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0], device)
             for name in names:
                 rng = np.random.default_rng([seed, len(losses) + len(waiting)])
                 tensor = base.tensors[name].flat
@@ -221,6 +222,8 @@ def _loss(
     import torch
 
     e = torch.from_numpy(error)
+    if matrix is not None:
+        e = e.to(matrix.device)
     loss = sensitivity.plain * float(e.square().sum(dtype=torch.float64))
     if matrix is not None and sensitivity.output:
         loss += sensitivity.output * float(((e @ matrix) * e).sum(dtype=torch.float64))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from athena_gguf.encode.matrix import Encoded
 
-METHOD = 1  # raised when the same inputs are encoded otherwise
+METHOD = 2  # raised when the same inputs are encoded otherwise
 
 
 class FinishedTensors(Mapping[str, Encoded]):

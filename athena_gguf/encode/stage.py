@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from athena_gguf.memory import cores
 
 if TYPE_CHECKING:
     from athena_gguf.calibration.store import Calibration
+    from athena_gguf.encode import Encoded
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.plan import Plan
 
 NOT_FED = "no linear layer of the model feeds it"
+WRITES = 8  # finished tensors that wait for the disk, at most
 IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger tensor waits alone
 
 
@@ -41,11 +44,14 @@ def encode_tensors(
     found = {name for name, kind in plan.encoded.items() if done.find(name, kind)}
     if found:
         progress.note(f"encoding: {len(found)} of {len(plan.encoded)} tensors are taken from the work directory")
-    waiting: deque[tuple[str, Any]] = deque()
+    on_gpu = device.type == "cuda"
+    waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
+    written: list[Future[None]] = []
     with (
         GGUFFile(base_path) as base,
         progress.bar("encoding", sum(map(plan.elements, plan.encoded))) as advance,
-        EncodePool(settings, threads) as pool,
+        ThreadPoolExecutor(1, "finished tensors") as writer,
+        EncodePool(settings, threads, device) as pool,
     ):
         advance(sum(map(plan.elements, found)))
 
@@ -53,12 +59,16 @@ def encode_tensors(
             """Wait until at most so many elements are in flight."""
             while sum(plan.elements(name) for name, _ in waiting) > elements:
                 name, result = waiting.popleft()
-                done.put(name, plan.encoded[name], result())
+                written.append(writer.submit(done.put, name, plan.encoded[name], result()))
+                if len(written) > WRITES:
+                    written.pop(0).result()
                 advance(plan.elements(name))
 
         def start(matrix: Any, names: list[str]) -> None:
             columns = plan.shapes[names[0]][-1]
-            metric = layer_metric(None if matrix is None else matrix.to(device), columns, settings.damping, names[0])
+            if on_gpu:  # which holds one metric at a time
+                collect(0)
+            metric = layer_metric(matrix, columns, settings.damping, names[0], device)
             for name in names:
                 weight = base.tensors[name].to_torch(device)
                 waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))
@@ -72,7 +82,7 @@ def encode_tensors(
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
         # What works on the CPU would share it with the measurement, and both would wait for each other.
-        for curvature in calibration.stream(known, pause=lambda: collect(0)):
+        for curvature in calibration.stream(known, pause=(lambda: None) if on_gpu else (lambda: collect(0))):
             names = [name for name in curvature.about.tensor_names if name in needed]
             if names:
                 with timed("encoding"):
@@ -80,6 +90,8 @@ def encode_tensors(
             del curvature
         with timed("encoding"):
             collect(0)
+            for write in written:
+                write.result()
     for name in sorted(calibration.absent & plan.encoded.keys()):
         plan.keep_standard(name, NOT_FED)
     return done
