@@ -23,14 +23,17 @@ TOOLS = (
     "llama-perplexity",
     "llama-quantize",
     "llama-imatrix",
+    "ggml-rpc-server",
 )
 TESTS = ("test-quantize-fns", "test-backend-ops")
 
 # No download while building (the server's web page and OpenSSL, which it needs only to fetch models), no part that
-# none of the tools uses, and a version that does not depend on a git repository around the build folder.
+# none of the tools uses, and a version that does not depend on a git repository around the build folder. RPC spreads a
+# model over several machines; an unpatched server cannot take part.
 OPTIONS = (
     "CMAKE_BUILD_TYPE=Release",
     "GGML_NATIVE=ON",
+    "GGML_RPC=ON",
     "LLAMA_BUILD_APP=OFF",
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_NUMBER=0",
