@@ -103,7 +103,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
-    from athena_gguf.calibration.stage import Memory, Stage
+    from athena_gguf.calibration.stage import Memory, Stage, all_of
     from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
@@ -123,9 +123,10 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
             if not options.dry_run:
                 require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
-        memory = Memory.of(device, *options.memory)
+        devices = all_of(device)
+        memory = Memory.of(devices, *options.memory)
         tokens = options.calibration_tokens or CALIBRATION_TOKENS
-        stage = Stage(model_dir, base_path, plan, work, device, memory, options, tokens, WINDOW)
+        stage = Stage(model_dir, base_path, plan, work, devices, memory, options, tokens, WINDOW)
         calibration = stage.calibration(stages.timed)
         metadata = _metadata(options, target, stage.tokens)
         if target or options.dry_run:
@@ -137,7 +138,7 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
                 predicted = _allocate(base_path, plan, calibration, target, metadata, work, device, options)
         if options.dry_run:
             return print_plan(base_path, plan, metadata, predicted)
-        encoded = encode_tensors(base_path, plan, calibration, work / "encoded", device, stages.timed)
+        encoded = encode_tensors(base_path, plan, calibration, work / "encoded", devices, stages.timed, stage.overlap)
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
         if _tunes(options, plan, device, memory):
@@ -311,11 +312,9 @@ def _write(
     import numpy as np
 
     from athena_gguf.gguf_file import Replacement, write_quantized
-    from athena_gguf.plan import file_type, standard_replacements
+    from athena_gguf.plan import file_type
 
-    changed = standard_replacements(base_path, plan)
-    for name in encoded:
-        changed[name] = Replacement(plan.encoded[name], partial(encoded.data, name))
+    changed = {name: Replacement(plan.kind(name), partial(encoded.data, name)) for name in encoded}
     for name, (kind, data) in changes.items():
         changed[name] = Replacement(kind, partial(np.asarray, data))
     write_quantized(base_path, out, changed, metadata, file_type=file_type(plan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import GROUP, TYPES
-from athena_gguf.gguf_file import GGUFFile, Replacement, quantize
+from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.gguf_file.types import row_bytes
 
 if TYPE_CHECKING:
@@ -192,17 +192,3 @@ def check_finite(base_path: Path) -> None:
                 bad = tensor.type_name == "F32" and not np.isfinite(flat.view(np.float32)).all()
             if bad:
                 raise AthenaError(f"{base_path}: tensor {tensor.name} holds NaN or Inf; the model is damaged")
-
-
-def standard_replacements(base_path: Path, plan: Plan) -> dict[str, Replacement]:
-    """The tensors of `plan.standard`, quantized when they are written."""
-
-    def make(name: str, kind: str) -> Replacement:
-        def data() -> np.ndarray:
-            with GGUFFile(base_path) as base:
-                return quantize(base.tensors[name].to_float32(), kind)
-
-        return Replacement(kind, data)
-
-    kinds: Mapping[str, str] = plan.standard
-    return {name: make(name, kind) for name, kind in kinds.items()}

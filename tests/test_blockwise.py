@@ -22,36 +22,40 @@ def linear(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "config"),
+    ("devices", "family", "config"),
     [
-        ("Llama", {}),
-        ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
-        ("Gemma3Text", {"head_dim": 32, "sliding_window": 8}),  # layers with masks and positions of their own
-        ("Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),  # work around the blocks
-        ("Phi3", {"pad_token_id": 0}),
+        (1, "Llama", {}),
+        (2, "Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+        (1, "Gemma3Text", {"head_dim": 32, "sliding_window": 8}),  # layers with masks and positions of their own
+        (3, "Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),  # work around the blocks
+        (1, "Phi3", {"pad_token_id": 0}),
     ],
 )
-def test_curvature_is_that_of_the_whole_model(family, config, tmp_path, monkeypatch):
+def test_curvature_is_that_of_the_whole_model(devices, family, config, tmp_path, monkeypatch):
+    """On one device or shared among several (here all of them the CPU)."""
     monkeypatch.setattr(blockwise, "measuring", nullcontext)  # full precision
     folder = tiny.make(tmp_path / "model", family, **config)
     windows = torch.randint(0, 300, (5, 32), generator=torch.Generator().manual_seed(0))
-    model, blocks = load_model(folder, CPU, torch.float32), open_blocks(folder, CPU, torch.float32)
+    model = load_model(folder, CPU, torch.float32)
+    models = [open_blocks(folder, CPU, torch.float32) for _ in range(devices)]
     lookup, by_blocks = Lookup(), Lookup()
     whole = {c.about.tensor_names: c for c in measure_curvature(model, linear(model), windows, 2, lookup=lookup)}
-    shelf = Shelf(CPU, 20_000, 40_000, tmp_path)
-    measured = blockwise.measure_blockwise(blocks, linear(blocks.model), windows, 2, shelf, by_blocks)
+    shelves = [Shelf(CPU, 20_000, 40_000, tmp_path / f"{n}") for n in range(devices)]
+    measured = blockwise.measure_blockwise(models, shelves, linear(models[0].model), windows, 2, by_blocks)
     seen = []
     for found in measured:
         expected = whole.pop(found.about.tensor_names)
         torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-4, atol=1e-6 * float(expected.matrix.max()))
         assert found.about.effective_tokens == pytest.approx(expected.about.effective_tokens, rel=1e-4)
-        assert found.about.gradient_squares == pytest.approx(expected.about.gradient_squares, rel=1e-3)
+        if devices == 1:  # outliers are judged by the mean of their batch
+            assert found.about.gradient_squares == pytest.approx(expected.about.gradient_squares, rel=1e-3)
         seen.append(found.about.tensor_names[0])
         if "layers.1" in seen[-1]:  # weights are there only while their block is at work
-            assert all(p.is_meta for block in blocks.blocks for p in block.parameters())
+            assert all(p.is_meta for model in models for block in model.blocks for p in block.parameters())
     assert not whole and by_blocks.power == pytest.approx(lookup.power, rel=1e-4)
     assert [name for name in seen if "layers" in name] == sorted((n for n in seen if "layers" in n), key=_backwards)
-    assert shelf.spilled > 0 and not shelf.held and not list(tmp_path.glob("shelf*"))
+    assert any(shelf.spilled for shelf in shelves) and not any(shelf.held for shelf in shelves)
+    assert not list(tmp_path.glob("[0-9]/*"))
 
 
 def _backwards(name):
@@ -64,7 +68,7 @@ def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     layers = linear(blocks.model)
     done = {layer.tensor_name for layer in layers if "layers.1" in layer.tensor_name or "head" in layer.tensor_name}
     shelf = Shelf(CPU, 1 << 20, 0, tmp_path)
-    found = list(blockwise.measure_blockwise(blocks, layers, windows, 2, shelf, Lookup(), done))
+    found = list(blockwise.measure_blockwise([blocks], [shelf], layers, windows, 2, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
 
 
@@ -110,4 +114,4 @@ def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, option
     monkeypatch.setattr(finished.FinishedTensors, "put", lambda *args: (again.append(args[1]), put(*args)))
     convert(tiny_model, out, settings)
     assert out.read_bytes() == whole.read_bytes()
-    assert len(again) == 10 and made[0] in again and not set(made[1:]) & set(again)
+    assert len(again) == 11 and made[0] in again and not set(made[1:]) & set(again)

@@ -1,13 +1,16 @@
-"""Curvature of the loss for models larger than the memory at hand: block by block.
+"""Curvature of the loss for models larger than the memory at hand: block by block, on one device or several.
 
 A forward pass puts every block's input away; the backward pass, from the last block to the first, takes it again, runs
 the block once more with gradients, and has the block's curvatures complete before it goes on. So a block's weights and
 curvatures are needed for a short while only, and what reads the curvatures can work while the rest is measured.
+Every device has a share of the windows; a block's sums are added up on the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.calibration.curvature import (
@@ -31,11 +34,11 @@ _OUTPUT = 1 << 27  # logits made in one go, at most, if that is a window or more
 
 
 def measure_blockwise(
-    blocks: BlockModel,
+    models: Sequence[BlockModel],
+    shelves: Sequence[Shelf],
     layers: Sequence[LinearLayer],
     windows: torch.Tensor,
     batch_windows: int,
-    shelf: Shelf,
     lookup: Lookup,
     finished: Collection[str] = (),
     labels: str = "text",
@@ -45,81 +48,100 @@ def measure_blockwise(
 ) -> Iterator[Curvature]:
     """As `measure_curvature`, from the last layer to the first; each block's curvatures as soon as they are measured.
 
-    `layers`: of `blocks.model`. Inputs whose tensors are all `finished` are not measured again. `lookup` is filled in
-    at the end. `pause` is called before every block's work.
+    `models`, `shelves`: one a device. `layers`: of the first of `models`. Inputs whose tensors are all `finished` are
+    not measured again. `lookup` is filled in at the end. `pause` is called before every block's work.
     """
-    import torch
-
-    batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
-    share = 1 / (3 * len(blocks.blocks))  # of the work of a pass over the tokens, without the output
-    with torch.no_grad(), measuring():
-        probe = batches[0][:1, :8]
-        small = blocks.embed(probe)
-        for b, batch in enumerate(batches):
-            shelf.put((0, b), blocks.embed(batch))
-        for index in range(len(blocks.blocks)):
-            with blocks.loaded(index):
-                for b, batch in enumerate(batches):
-                    shelf.put((index + 1, b), blocks.run(index, shelf.look((index, b))))
-                    advance(batch.numel() * share)
-
-    wanted = [layer for layer in layers if layer.tensor_name not in finished]
-    inner = {id(module): index for index, block in enumerate(blocks.blocks) for module in block.modules()}
+    blocks = models[0].blocks
+    inner = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
     by_block: dict[int, list[LinearLayer]] = {}
-    for layer in wanted:
-        by_block.setdefault(inner.get(id(layer.module), -1), []).append(layer)
+    for layer in layers:
+        if layer.tensor_name not in finished:
+            by_block.setdefault(inner.get(id(layer.module), _NO_BLOCK), []).append(layer)
+    parts = [
+        _Part(*of, by_block, batch_windows, labels, seed)
+        for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
+        if len(of[2])
+    ]
+    share = 1 / (3 * len(blocks))  # of the work of a pass over the tokens, without the output
+    with ThreadPoolExecutor(len(parts), "device") as threads:
 
-    yield from _output(blocks, by_block.get(-1, []), batches, shelf, small, probe, labels, seed)
+        def on_all(work: Callable[[_Part], Any]) -> list[Any]:
+            """What `work` gives for every part, done by all devices at once."""
+            return [work(parts[0])] if len(parts) == 1 else list(threads.map(work, parts))
 
-    for index in reversed(range(len(blocks.blocks))):
-        pause()
-        with blocks.loaded(index), measuring():
-            collector = Collector(by_block.get(index, []), lambda at=index: blocks.run(at, small))  # type: ignore[misc]
-            with collector:
-                for b, batch in enumerate(batches):
-                    collector.clear()
-                    x = shelf.take((index, b)).requires_grad_(True)
-                    blocks.run(index, x).backward(shelf.take(("gradient", b)))
-                    assert x.grad is not None
-                    shelf.put(("gradient", b), x.grad)
-                    advance(2 * batch.numel() * share)
-        found = collector.finish()
-        del collector, x
-        while found:
-            yield found.pop(0)
-
-    rows = RowPower(blocks.device)
-    handle = require_gradients(blocks.model, rows)
-    try:
-        for b, batch in enumerate(batches):
-            blocks.embed(batch).backward(shelf.take(("gradient", b)))
-    finally:
-        handle.remove()
-    lookup.power = float(rows.sum) / windows.numel()
+        with measuring():
+            on_all(_Part.begin)
+            for index in range(len(blocks)):
+                on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
+                advance(windows.numel() * share)
+        for index in (_NO_BLOCK, *reversed(range(len(blocks)))):
+            pause()
+            with measuring():
+                if index == _NO_BLOCK:
+                    first, *others = on_all(_Part.output)
+                else:
+                    first, *others = on_all(lambda part, at=index: part.backward(at))  # type: ignore[misc]
+                    advance(2 * windows.numel() * share)
+                for other in others:
+                    first.add(other)
+            found = first.finish()
+            del first, others
+            while found:
+                yield found.pop(0)
+        lookup.power = sum(on_all(_Part.end)) / windows.numel()
 
 
-def _output(
-    blocks: BlockModel,
-    layers: list[LinearLayer],
-    batches: list[torch.Tensor],
-    shelf: Shelf,
-    small: torch.Tensor,
-    probe: torch.Tensor,
-    labels: str,
-    seed: int,
-) -> Iterator[Curvature]:
-    """From the last block's output to the loss and back; few windows at a time, since logits are large."""
-    import torch
+_NO_BLOCK = -1
 
-    generator = torch.Generator(blocks.device).manual_seed(seed)
-    last = len(blocks.blocks)
-    with measuring():
+
+class _Part:
+    """One device and its share of the windows."""
+
+    def __init__(
+        self,
+        blocks: BlockModel,
+        shelf: Shelf,
+        windows: torch.Tensor,
+        layers: dict[int, list[LinearLayer]],
+        batch_windows: int,
+        labels: str,
+        seed: int,
+    ) -> None:
+        self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
+        module = blocks.model.get_submodule
+        self.layers = {n: [replace(x, module=module(x.module_name)) for x in of] for n, of in layers.items()}
+        self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
+        self.probe = self.batches[0][:1, :8]
+
+    def begin(self) -> None:
+        """The inputs of the first block."""
+        import torch
+
         with torch.no_grad():
-            width = blocks.output(small, probe).shape[-1]
-        collector = Collector(layers, lambda: blocks.output(small, probe))
+            self.small = self.blocks.embed(self.probe)
+            for b, batch in enumerate(self.batches):
+                self.shelf.put((0, b), self.blocks.embed(batch))
+
+    def forward(self, index: int) -> None:
+        """The inputs of the next block."""
+        import torch
+
+        with torch.no_grad(), self.blocks.loaded(index):
+            for b in range(len(self.batches)):
+                self.shelf.put((index + 1, b), self.blocks.run(index, self.shelf.look((index, b))))
+
+    def output(self) -> Collector:
+        """From the last block's output to the loss and back; few windows at a time, since logits are large."""
+        import torch
+
+        blocks, small = self.blocks, self.small
+        generator = torch.Generator(blocks.device).manual_seed(self.seed)
+        with torch.no_grad():
+            width = blocks.output(small, self.probe).shape[-1]
+        collector = Collector(self.layers.get(_NO_BLOCK, []), lambda: blocks.output(small, self.probe))
         with collector:
-            for b, batch in enumerate(batches):
-                hidden = shelf.take((last, b))
+            for b, batch in enumerate(self.batches):
+                hidden = self.shelf.take((len(blocks.blocks), b))
                 gradient = torch.empty_like(hidden)
                 step = max(1, _OUTPUT // (width * batch.shape[1]))
                 for a in range(0, len(batch), step):
@@ -127,13 +149,38 @@ def _output(
                     x = hidden[a : a + step].clone().requires_grad_(True)
                     tokens = batch[a : a + step]
                     try:
-                        loss(blocks.output(x, tokens), tokens, labels, generator).backward()
+                        loss(blocks.output(x, tokens), tokens, self.labels, generator).backward()
                     except FloatingPointError as error:
                         raise not_finite(None) from error
                     assert x.grad is not None
                     gradient[a : a + step] = x.grad
-                shelf.put(("gradient", b), gradient)
-    yield from collector.finish()
+                self.shelf.put(("gradient", b), gradient)
+        return collector
+
+    def backward(self, index: int) -> Collector:
+        """From the gradient at a block's output to that at its input."""
+        blocks, shelf = self.blocks, self.shelf
+        with blocks.loaded(index):
+            collector = Collector(self.layers.get(index, []), lambda: blocks.run(index, self.small))
+            with collector:
+                for b in range(len(self.batches)):
+                    collector.clear()
+                    x = shelf.take((index, b)).requires_grad_(True)
+                    blocks.run(index, x).backward(shelf.take(("gradient", b)))
+                    assert x.grad is not None
+                    shelf.put(("gradient", b), x.grad)
+        return collector
+
+    def end(self) -> float:
+        """From the first block's input to the embeddings: the sum of the squares that `Lookup` is the mean of."""
+        rows = RowPower(self.blocks.device)
+        handle = require_gradients(self.blocks.model, rows)
+        try:
+            for b, batch in enumerate(self.batches):
+                self.blocks.embed(batch).backward(self.shelf.take(("gradient", b)))
+        finally:
+            handle.remove()
+        return float(rows.sum)
 
 
 def largest_batch(windows: Any, budget: int, per_window: int) -> int:

@@ -147,6 +147,15 @@ class Collector:
         seen = (group for group, _ in self.inputs if group.x is not None)
         return next((group.names[0] for group in seen if not torch.isfinite(group.x).all()), None)
 
+    def add(self, other: Collector) -> None:
+        """What a collector of the same layers in a copy of the model has summed up on another device."""
+        for (mine, _), (theirs, _) in zip(self.inputs, other.inputs, strict=True):
+            assert mine.names == theirs.names
+            for total in ("sum_xx", "sum_u", "sum_uu", "sum_squares"):
+                ours = getattr(mine, total)
+                ours += getattr(theirs, total).to(ours.device)
+            mine.tokens += theirs.tokens
+
     def finish(self) -> list[Curvature]:
         """Raises AthenaError naming the tensor if a curvature is not finite or there was no gradient."""
         found = [_finish(group) for group, _ in self.inputs]

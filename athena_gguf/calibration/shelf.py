@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 class Shelf:
     """Holds tensors by key on `device` up to `device_bytes`, then in host memory up to `host_bytes`, then in files in
-    `folder`. What is taken makes room again."""
+    `folder`, which nobody else writes to. What is taken makes room again."""
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, folder: Path) -> None:
         self.device, self.folder = device, folder
@@ -35,8 +36,9 @@ class Shelf:
         elif place == "host":
             self.held[key] = place, tensor.cpu()
         else:
+            self.folder.mkdir(exist_ok=True)
             require_space(self.folder, tensor.nbytes, "what the calibration cannot hold in memory")
-            path = self.folder / f"shelf.{self.files}.safetensors"
+            path = self.folder / f"{self.files}.safetensors"
             self.files += 1
             self.spilled += tensor.nbytes
             save_file({"x": tensor.cpu().contiguous()}, path)
@@ -67,7 +69,5 @@ class Shelf:
 
     def close(self) -> None:
         """Forget everything; no files are left."""
-        for _, what in self.held.values():
-            if isinstance(what, Path):
-                what.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.held = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from athena_gguf.plan import Plan
 
 _MARGIN = 1 << 30  # bytes of either memory left to libraries and fragments
+_PIECES = 40 << 26  # bytes of rows that are being encoded
 _ACTIVATIONS = 40  # bytes a token and column of a block's widest input that its backward pass needs, about
 
 
@@ -33,17 +34,27 @@ class Memory:
     host: int
 
     @classmethod
-    def of(cls, device: torch.device, gpu_memory: int | None, host_memory: int | None) -> Memory:
-        """What the options say, or most of what is free."""
+    def of(cls, devices: Sequence[torch.device], gpu_memory: int | None, host_memory: int | None) -> Memory:
+        """What the options say, or most of what is free; of every one of `devices`."""
         import torch
 
-        on_card = 0
-        if device.type == "cuda":
-            free, whole = torch.cuda.mem_get_info(device)
-            on_card = min(gpu_memory or whole, int(0.95 * free))
-            if gpu_memory:
-                torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
-        return cls(on_card, host_memory or int(0.8 * host_bytes()))
+        on_card = []
+        for device in devices:
+            if device.type == "cuda":
+                free, whole = torch.cuda.mem_get_info(device)
+                on_card.append(min(gpu_memory or whole, int(0.95 * free)))
+                if gpu_memory:
+                    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
+        return cls(min(on_card, default=0), host_memory or int(0.8 * host_bytes()))
+
+
+def all_of(device: torch.device) -> list[torch.device]:
+    """The devices of its kind that the process may use: every visible GPU (CUDA_VISIBLE_DEVICES), or the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device]
 
 
 @dataclass
@@ -54,11 +65,16 @@ class Stage:
     base_path: Path
     plan: Plan
     work: Path
-    device: torch.device
+    devices: Sequence[torch.device]
     memory: Memory
     options: ConvertOptions
     tokens: int
     window: int
+
+    @property
+    def device(self) -> torch.device:
+        """The first, for what is done on one."""
+        return self.devices[0]
 
     def calibration(self, timed: Callable[[str], Any]) -> store.Calibration:
         """The curvature of every input of the planned layers, from the work directory where it was measured before.
@@ -72,7 +88,7 @@ class Stage:
             self.tokens,
             self.window,
             options.seed,
-            str(self.device),
+            self.device.type,
             sorted(plan.curved),
         )
         keep = options.work_dir is not None or bool(plan.free)
@@ -95,16 +111,16 @@ class Stage:
     ) -> Iterator[Curvature]:
         import torch
 
-        blocks = self._blocks()
+        models = self._blocks()
         try:
             with progress.bar("curvature of the loss", windows.numel()) as advance:
-                if blocks is None:
+                if models is None:
                     with timed("curvature"):
                         found = self._whole(windows, lookup, advance)
                     while found:
                         yield found.pop(0)
                 else:
-                    measured = self._blockwise(blocks, windows, finished, lookup, advance, pause)
+                    measured = self._blockwise(models, windows, finished, lookup, advance, pause)
                     while True:
                         with timed("curvature"):
                             curvature = next(measured, None)
@@ -130,9 +146,9 @@ class Stage:
         with measuring():
             return measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
 
-    def _blocks(self) -> BlockModel | None:
-        """The model to run block by block, None to run it whole: what fits in the host's memory is faster whole on a
-        CPU, which then computes every block once instead of twice."""
+    def _blocks(self) -> list[BlockModel] | None:
+        """The model to run block by block, on every device. None to run it whole, which is faster on a CPU whose memory
+        it fits in: every block is computed once instead of twice."""
         import torch
 
         from athena_gguf.model.blocks import open_blocks
@@ -143,11 +159,12 @@ class Stage:
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(self._widest(), 1)
-        return open_blocks(self.model_dir, self.device, dtype, max(0, room))
+        models = [open_blocks(self.model_dir, device, dtype, max(0, room)) for device in self.devices]
+        return [model for model in models if model is not None] or None
 
     def _blockwise(
         self,
-        blocks: BlockModel,
+        models: list[BlockModel],
         windows: torch.Tensor,
         finished: Collection[str],
         lookup: Lookup,
@@ -159,24 +176,26 @@ class Stage:
 
         def columns(layer: LinearLayer, which: list[int]) -> torch.Tensor:
             name = f"{layer.module_name}.weight"
-            if name in blocks.checkpoint:
-                return blocks.checkpoint.columns(name, which)
+            if name in models[0].checkpoint:
+                return models[0].checkpoint.columns(name, which)
             return layer.module.weight[:, which]  # tied, and so never dropped
 
-        layers = self._layers(blocks.model, columns)
+        layers = self._layers(models[0].model, columns)
         widest = self._widest()
         on_cpu = self.device.type == "cpu"
         memory = self.memory.host if on_cpu else self.memory.device
         per_window = self.window * widest * _ACTIVATIONS
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, per_window)
-        room = max(0, memory - self._working_bytes(widest, batch) - blocks.resident_bytes)
-        shelf = Shelf(self.device, room, 0 if on_cpu else self.memory.host, self.work)
+        room = max(0, memory - self._working_bytes(widest, batch) - models[0].resident_bytes)
+        host = 0 if on_cpu else self.memory.host // len(models)
+        shelves = [Shelf(model.device, room, host, self.work / f"shelf{n}") for n, model in enumerate(models)]
         try:
             yield from measure_blockwise(
-                blocks, layers, windows, batch, shelf, lookup, finished, advance=advance, pause=pause
+                models, shelves, layers, windows, batch, lookup, finished, advance=advance, pause=pause
             )
         finally:
-            shelf.close()
+            for shelf in shelves:
+                shelf.close()
 
     def _widest(self) -> int:
         return max(self.plan.shapes[name][-1] for name in self.plan.curved)
@@ -189,18 +208,29 @@ class Stage:
         blocks = len({name.split(".")[1] for name in plan.curved if name.startswith("blk.")})
         return weights + curvatures + 2 * self.window * self._widest() * _ACTIVATIONS * max(1, blocks) + _MARGIN
 
+    @property
+    def overlap(self) -> bool:
+        """Whether a GPU has memory enough to encode a block's weights while it works on the next block."""
+        return self.memory.device >= 2 * (self._backward_bytes(self._widest(), 16) + self._encoding_bytes())
+
+    def _backward_bytes(self, widest: int, batch: int) -> int:
+        """Of a block's backward pass with curvatures."""
+        return 8 * widest**2 + batch * self.window * widest * _ACTIVATIONS
+
+    def _encoding_bytes(self) -> int:
+        """Of the widest weight's: the matrices of its metric and one in float64, and pieces of rows."""
+        return 34 * self._widest() ** 2 + _PIECES
+
     def _working_bytes(self, widest: int, batch: int) -> int:
-        """Of a block at work: its weights twice over while they are loaded, and the larger of its backward pass with
-        curvatures and the encoding of its widest weight (three matrices of the widest input's size in float64, three in
-        float32)."""
+        """Of a block at work: its weights twice over while they are loaded, its backward pass and encoding."""
         plan = self.plan
         by_block: dict[str, int] = {}
         for name in plan.shapes:
             block = name.split(".")[1] if name.startswith("blk.") else ""
             if block:
                 by_block[block] = by_block.get(block, 0) + 2 * plan.elements(name)
-        backward = 8 * widest**2 + batch * self.window * widest * _ACTIVATIONS
-        return max(by_block.values(), default=0) + max(backward, 40 * widest**2) + _MARGIN
+        both = self._backward_bytes(widest, batch), self._encoding_bytes()
+        return max(by_block.values(), default=0) + (sum(both) if self.overlap else max(both)) + _MARGIN
 
     def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
         from athena_gguf.model import linear_layers

@@ -1,4 +1,4 @@
-"""Encoded tensors in a folder: a conversion that was cut off goes on from them, and none of them stays in memory."""
+"""Finished tensors in a folder: a conversion that was cut off goes on from them, and none of them stays in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from athena_gguf.encode.matrix import Encoded
+from athena_gguf.format import TYPES
 
 METHOD = 2  # raised when the same inputs are encoded otherwise
 
@@ -22,7 +23,7 @@ class FinishedTensors(Mapping[str, Encoded]):
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         self.paths: dict[str, Path] = {}
-        self.losses: dict[str, float] = {}  # as shares of the power
+        self.losses: dict[str, float] = {}  # of A types, as shares of the power
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, name: str, kind: str) -> bool:
@@ -31,7 +32,7 @@ class FinishedTensors(Mapping[str, Encoded]):
         encoded = self._read(path)
         if encoded is None:
             return False
-        self._note(name, path, encoded)
+        self._note(name, path, kind, encoded)
         return True
 
     def put(self, name: str, kind: str, encoded: Encoded) -> None:
@@ -45,11 +46,12 @@ class FinishedTensors(Mapping[str, Encoded]):
         require_space(self.folder, encoded.data.nbytes, f"the encoded tensor {name}")
         with temporary_beside(path) as temporary:
             save_file({"data": encoded.data}, temporary, {"about": json.dumps(about)})
-        self._note(name, path, encoded)
+        self._note(name, path, kind, encoded)
 
-    def _note(self, name: str, path: Path, encoded: Encoded) -> None:
+    def _note(self, name: str, path: Path, kind: str, encoded: Encoded) -> None:
         self.paths[name] = path
-        self.losses[name] = encoded.loss / encoded.power if encoded.power else 0.0
+        if kind in TYPES:
+            self.losses[name] = encoded.loss / encoded.power if encoded.power else 0.0
 
     def _read(self, path: Path) -> Encoded | None:
         from safetensors import safe_open

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,17 @@ from athena_gguf import progress
 from athena_gguf.memory import cores
 
 if TYPE_CHECKING:
+    import torch
+
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode import Encoded
     from athena_gguf.encode.finished import FinishedTensors
+    from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.plan import Plan
 
 NOT_FED = "no linear layer of the model feeds it"
 WRITES = 8  # finished tensors that wait for the disk, at most
-IN_FLIGHT = 1 << 28  # weights that wait for their encoding, at most; a larger tensor waits alone
+IN_FLIGHT = 1 << 28  # weights that wait for their encoding on the CPU, at most; a larger tensor waits alone
 
 
 def encode_tensors(
@@ -27,71 +31,199 @@ def encode_tensors(
     plan: Plan,
     calibration: Calibration,
     folder: Path,
-    device: Any,
+    devices: Sequence[torch.device],
     timed: Callable[[str], Any],
+    overlap: bool = True,
 ) -> FinishedTensors:
-    """Every tensor of `plan.encoded`, as the curvatures come; those that an earlier conversion finished are taken from
-    `folder`. Raises AthenaError naming the tensor if its curvature is none, or if the disk has no room."""
+    """Every tensor of `plan.encoded`, as the curvatures come, and every one of `plan.standard` meanwhile; those that an
+    earlier conversion finished are taken from `folder`. `overlap`: the devices have memory enough to encode while the
+    next curvatures are measured. Raises AthenaError naming the tensor if its curvature is none, or if the disk has no
+    room."""
     from athena_gguf.calibration import store
-    from athena_gguf.encode import EncodeOptions, EncodePool, finished, layer_metric
-    from athena_gguf.encode.pool import PIECE
-    from athena_gguf.format import TYPES
+    from athena_gguf.encode import EncodeOptions, finished
     from athena_gguf.gguf_file import GGUFFile
 
-    settings, threads = EncodeOptions(), cores()
+    settings = EncodeOptions()
     key = store.derived_fingerprint(calibration.key, [base_path], finished.METHOD, vars(settings))
     done = finished.FinishedTensors(folder, key)
-    found = {name for name, kind in plan.encoded.items() if done.find(name, kind)}
+    found = {name for name, kind in (plan.encoded | plan.standard).items() if done.find(name, kind)}
     if found:
-        progress.note(f"encoding: {len(found)} of {len(plan.encoded)} tensors are taken from the work directory")
-    on_gpu = device.type == "cuda"
-    waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
-    written: list[Future[None]] = []
+        progress.note(f"{len(found)} finished tensors are taken from the work directory")
+    on_gpu = devices[0].type == "cuda"
     with (
         GGUFFile(base_path) as base,
         progress.bar("encoding", sum(map(plan.elements, plan.encoded))) as advance,
-        ThreadPoolExecutor(1, "finished tensors") as writer,
-        EncodePool(settings, threads, device) as pool,
+        _Writer(plan, base, done, advance) as writer,
+        (_GpuQueue if on_gpu else _CpuQueue)(plan, base, settings, devices, writer) as queue,
     ):
-        advance(sum(map(plan.elements, found)))
-
-        def collect(elements: int) -> None:
-            """Wait until at most so many elements are in flight."""
-            while sum(plan.elements(name) for name, _ in waiting) > elements:
-                name, result = waiting.popleft()
-                written.append(writer.submit(done.put, name, plan.encoded[name], result()))
-                if len(written) > WRITES:
-                    written.pop(0).result()
-                advance(plan.elements(name))
-
-        def start(matrix: Any, names: list[str]) -> None:
-            columns = plan.shapes[names[0]][-1]
-            if on_gpu:  # which holds one metric at a time
-                collect(0)
-            metric = layer_metric(matrix, columns, settings.damping, names[0], device)
-            for name in names:
-                weight = base.tensors[name].to_torch(device)
-                waiting.append((name, pool.submit(weight, metric, TYPES[plan.encoded[name]])))
-                # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
-                collect(min(4 * threads * PIECE * columns, IN_FLIGHT))
-
+        advance(sum(plan.elements(name) for name in found if name in plan.encoded))
+        standard = [name for name in plan.standard if name not in found]
+        if on_gpu:
+            writer.quantize(standard)
         for name in plan.encoded:
             if name not in plan.curved and name not in found:  # embeddings that only look up rows
                 with timed("encoding"):
-                    start(None, [name])
+                    queue.add(None, [name])
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
         # What works on the CPU would share it with the measurement, and both would wait for each other.
-        for curvature in calibration.stream(known, pause=(lambda: None) if on_gpu else (lambda: collect(0))):
+        pause = (lambda: None) if on_gpu and overlap else queue.drain
+        for curvature in calibration.stream(known, pause):
             names = [name for name in curvature.about.tensor_names if name in needed]
             if names:
                 with timed("encoding"):
-                    start(curvature.matrix, names)
+                    queue.add(curvature.matrix, names)
             del curvature
         with timed("encoding"):
-            collect(0)
-            for write in written:
-                write.result()
+            queue.drain()
+            if not on_gpu:
+                writer.quantize(standard)
+            writer.drain()
     for name in sorted(calibration.absent & plan.encoded.keys()):
         plan.keep_standard(name, NOT_FED)
+        done.put(name, plan.standard[name], _standard(base_path, name, plan.standard[name]))
     return done
+
+
+def _standard(base_path: Path, name: str, kind: str) -> Encoded:
+    from athena_gguf.encode import Encoded
+    from athena_gguf.gguf_file import GGUFFile
+    from athena_gguf.gguf_file.standard import quantize_tensor
+
+    with GGUFFile(base_path) as base:
+        return Encoded(quantize_tensor(base.tensors[name], kind), 0.0, 0.0)
+
+
+class _Writer:
+    """Puts finished tensors on disk, and makes those of standard types, in threads of its own."""
+
+    def __init__(self, plan: Plan, base: GGUFFile, done: FinishedTensors, advance: progress.Advance) -> None:
+        self.plan, self.base, self.done, self.advance = plan, base, done, advance
+        self.disk, self.makers = ThreadPoolExecutor(1, "finished tensors"), ThreadPoolExecutor(2, "standard types")
+        self.waiting: deque[Future[None]] = deque()
+        self.made: list[Future[None]] = []
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pool in (self.makers, self.disk):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def put(self, name: str, encoded: Encoded) -> None:
+        """Waits if the disk is behind."""
+        self.waiting.append(self.disk.submit(self.done.put, name, self.plan.encoded[name], encoded))
+        if len(self.waiting) > WRITES:
+            self.waiting.popleft().result()
+        self.advance(self.plan.elements(name))
+
+    def quantize(self, names: Sequence[str]) -> None:
+        """Start with tensors of `plan.standard`."""
+
+        def make(name: str) -> None:
+            kind = self.plan.standard[name]
+            self.done.put(name, kind, _standard(self.base.path, name, kind))
+
+        self.made += [self.makers.submit(make, name) for name in names]
+
+    def drain(self) -> None:
+        for future in (*self.waiting, *self.made):
+            future.result()
+
+
+class _CpuQueue:
+    """Encodes in all processors' threads, some tensors at a time."""
+
+    def __init__(
+        self, plan: Plan, base: GGUFFile, settings: Any, devices: Sequence[torch.device], writer: _Writer
+    ) -> None:
+        from athena_gguf.encode import EncodePool
+
+        self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
+        self.threads = cores()
+        self.pool = EncodePool(settings, self.threads)
+        self.waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
+
+    def __enter__(self) -> _CpuQueue:
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.__exit__(*exception)
+
+    def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
+        """Start with tensors that read an input of this curvature."""
+        from athena_gguf.encode import layer_metric
+        from athena_gguf.encode.pool import PIECE
+        from athena_gguf.format import TYPES
+
+        columns = self.plan.shapes[names[0]][-1]
+        metric = layer_metric(matrix, columns, self.settings.damping, names[0])
+        for name in names:
+            weight = self.base.tensors[name].to_torch("cpu")
+            self.waiting.append((name, self.pool.submit(weight, metric, TYPES[self.plan.encoded[name]])))
+            # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
+            self._collect(min(4 * self.threads * PIECE * columns, IN_FLIGHT))
+
+    def _collect(self, elements: int) -> None:
+        """Wait until at most so many elements are in flight."""
+        while sum(self.plan.elements(name) for name, _ in self.waiting) > elements:
+            name, result = self.waiting.popleft()
+            self.writer.put(name, result())
+
+    def drain(self) -> None:
+        self._collect(0)
+
+
+class _GpuQueue:
+    """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do."""
+
+    def __init__(
+        self, plan: Plan, base: GGUFFile, settings: Any, devices: Sequence[torch.device], writer: _Writer
+    ) -> None:
+        from athena_gguf.encode import EncodePool
+
+        self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
+        self.devices = devices
+        self.pools = [EncodePool(settings, 1, device) for device in devices]
+        self.threads = [ThreadPoolExecutor(1, f"{device}") for device in devices]
+        self.jobs: list[deque[tuple[int, Future[None]]]] = [deque() for _ in devices]
+        self.stack = ExitStack()
+
+    def __enter__(self) -> _GpuQueue:
+        for pool in self.pools:
+            self.stack.enter_context(pool)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for thread in self.threads:
+            thread.shutdown(wait=True, cancel_futures=True)
+        self.stack.__exit__(None, None, None)
+
+    def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
+        """Start with tensors that read an input of this curvature, as soon as a GPU has but one more waiting."""
+        load = [sum(size for size, job in jobs if not job.done()) for jobs in self.jobs]
+        at = load.index(min(load))
+        while len(self.jobs[at]) > 1:
+            self.jobs[at].popleft()[1].result()
+        columns = self.plan.shapes[names[0]][-1]
+        size = columns * (columns + sum(self.plan.elements(name) for name in names) // columns)
+        self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, list(names))))
+
+    def _encode(self, at: int, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
+        import torch
+
+        from athena_gguf.encode import layer_metric
+        from athena_gguf.format import TYPES
+
+        device, columns = self.devices[at], self.plan.shapes[names[0]][-1]
+        with torch.cuda.device(device):
+            metric = layer_metric(matrix, columns, self.settings.damping, names[0], device)
+            for name in names:
+                weight = self.base.tensors[name].to_torch(device)
+                self.writer.put(name, self.pools[at].submit(weight, metric, TYPES[self.plan.encoded[name]])())
+
+    def drain(self) -> None:
+        for jobs in self.jobs:
+            while jobs:
+                jobs.popleft()[1].result()

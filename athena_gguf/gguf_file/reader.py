@@ -78,8 +78,7 @@ class Tensor:
         except NotImplementedError as error:
             raise AthenaError(f"tensor {self.name}: {self.type_name} cannot be decoded here") from error
 
-
-    def to_torch(self, device: torch.device) -> torch.Tensor:
+    def to_torch(self, device: torch.device | str) -> torch.Tensor:
         """The weights as float32 on a device; what is stored as BF16 goes there as it is."""
         import torch
 

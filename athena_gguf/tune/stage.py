@@ -25,7 +25,7 @@ def tune_encoded(
 
     def quantized(name: str) -> Quantized | None:
         rows = base.tensors[name].to_float32()
-        if name in encoded:
+        if name in plan.encoded:
             return Quantized(TYPES[plan.encoded[name]], encoded[name].data, rows)
         if name in plan.standard:
             kind = plan.standard[name]
