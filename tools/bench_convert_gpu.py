@@ -1,7 +1,7 @@
 """Time and memory of conversions of models of real shapes, with random weights made on the spot.
 
     python tools/bench_convert_gpu.py TOKENIZER_MODEL WORK --calibration TEXT [--shape 1B 3B 8B] [--blocks N]
-        [--tokens 131072] [--window 2048] [--type A3] [--gpu-memory 12GiB] [--host-memory 64GiB] [--device cuda]
+        [--tokens 131072] [--window 2048] [--type A3] [--gpus 1 2] [--gpu-memory none 12GiB] [--host-memory 64GiB]
 
 TOKENIZER_MODEL lends its tokenizer; the models and their base files are made in WORK, which needs four times the size
 of the model, and removed. With `--blocks N` only N of the shape's blocks are made, and a line scales up what they took.
@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -148,15 +151,10 @@ class HostPeak:
         self.thread.join()
 
 
-def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> dict[str, Any]:
+def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dict[str, Any]:
+    """One conversion in this process."""
     from athena_gguf import conversion
 
-    whole = SHAPES[shape][2]
-    blocks = args.blocks or whole
-    device = torch.device(args.device)
-    model = args.work / f"{shape}-{blocks}"
-    out = args.work / f"{shape}-{blocks}.gguf"
-    weights = make_model(model, shape, blocks, args.tokenizer, device)
     conversion.WINDOW = args.window
     options = conversion.ConvertOptions(
         type=args.type,
@@ -164,43 +162,84 @@ def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> di
         calibration_tokens=args.tokens,
         device=args.device,
         tune=False,
-        gpu_memory=args.gpu_memory,
+        base=base,
+        gpu_memory=args.gpu_memory[0],
         host_memory=args.host_memory,
     )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
+    with HostPeak() as host:
+        result = conversion.convert(model, out, options)
+    seconds = time.perf_counter() - start
+    cards = range(torch.cuda.device_count()) if args.device == "cuda" else ()
+    on_card = [torch.cuda.max_memory_reserved(card) / 2**30 for card in cards]
+    return {"seconds": seconds, "stages": result.seconds, "GPU GiB": on_card, "host GiB": host.most / 2**30}
+
+
+def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """A conversion for every number of cards and every limit of memory, each in a process of its own."""
+    from athena_gguf.gguf_file import write_base
+
+    whole = SHAPES[shape][2]
+    blocks = args.blocks or whole
+    model, base, out = (args.work / f"{shape}-{blocks}{end}" for end in ("", ".base.gguf", ".gguf"))
+    rows = []
     try:
-        with HostPeak() as host:
-            result = conversion.convert(model, out, options)
-        seconds = time.perf_counter() - start
-        size = out.stat().st_size
+        weights = make_model(model, shape, blocks, args.tokenizer, torch.device(args.device))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        start = time.perf_counter()
+        write_base(model, base)
+        print(f"\n{shape}, {blocks} of {whole} blocks, {weights / 1e9:.2f}e9 weights")
+        print(f"  base file through llama.cpp's converter: {time.perf_counter() - start:.1f} s", flush=True)
+        for cards in args.gpus:
+            for limit in args.gpu_memory:
+                row = {"shape": shape, "blocks": blocks, "weights": weights, "cards": cards, "limit": limit}
+                row["floors"] = floors(shape, blocks, args.tokens, rates) if rates else {}
+                row |= _in_process(args, model, base, out, cards, limit)
+                rows.append(row)
+                _print(row, whole)
     finally:
-        shutil.rmtree(model)
-        out.unlink(missing_ok=True)
-    on_card = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
-    row: dict[str, Any] = {"shape": shape, "blocks": blocks, "weights": weights, "seconds": seconds, "bytes": size}
-    row |= {"stages": result.seconds, "GPU GiB": on_card, "host GiB": host.most / 2**30}
-    if rates:
-        row["floors"] = floors(shape, blocks, args.tokens, rates)
-    print(
-        f"\n{shape}, {blocks} of {whole} blocks, {weights / 1e9:.2f}e9 weights, {size / 2**30:.2f} GiB: {seconds:.1f} s"
-    )
-    for name, took in result.seconds.items():
-        floor = row.get("floors", {}).get(name)
-        note = f", floor {floor:.1f} s, {took / floor:.1f} times" if floor else ""
-        print(f"  {name:18s} {took:8.1f} s{note}")
-    other = sum(took for name, took in result.seconds.items() if name in ("base file", "check", "writing"))
-    print(f"  without base file, check and writing: {seconds - other:.1f} s")
-    print(f"  peak: GPU {on_card:.1f} GiB, host {host.most / 2**30:.1f} GiB", flush=True)
-    if blocks < whole:
-        work = sum(result.seconds.get(name, 0.0) for name in ("curvature", "encoding"))
-        print(
-            f"  curvature and encoding of all {whole} blocks: {work * whole / blocks / 60:.1f} min, scaled up",
-            flush=True,
-        )
-    return row
+        shutil.rmtree(model, ignore_errors=True)
+        for path in (base, out):
+            path.unlink(missing_ok=True)
+    return rows
+
+
+def _in_process(
+    args: argparse.Namespace, model: Path, base: Path, out: Path, cards: int, limit: str | None
+) -> dict[str, Any]:
+    command = [sys.executable, __file__, str(args.tokenizer), str(args.work), "--calibration"]
+    command += [*map(str, args.calibration), "--tokens", str(args.tokens), "--window", str(args.window)]
+    command += ["--type", args.type, "--device", args.device, "--one", str(model), str(base), str(out)]
+    command += ["--gpu-memory", limit] if limit else []
+    command += ["--host-memory", args.host_memory] if args.host_memory else []
+    environment = dict(os.environ)
+    if "CUDA_VISIBLE_DEVICES" not in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(cards)))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    log = out.with_suffix(f".{cards}.{limit}.log")
+    log.write_text(done.stderr)
+    if done.returncode:
+        print(done.stderr[-3000:])
+        return {"seconds": float("nan"), "stages": {}, "GPU GiB": [], "host GiB": 0.0}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _print(row: dict[str, Any], whole: int) -> None:
+    limit = f", --gpu-memory {row['limit']}" if row["limit"] else ""
+    print(f"  {row['cards']} GPU{'s' * (row['cards'] > 1)}{limit}: {row['seconds']:.1f} s")
+    for name, took in row["stages"].items():
+        print(f"    {name:18s} {took:8.1f} s")
+    work = sum(row["stages"].get(name, 0.0) for name in ("curvature", "encoding"))
+    if row["floors"]:
+        floor = sum(row["floors"].values())
+        parts = " and ".join(f"{name} {seconds:.1f} s" for name, seconds in row["floors"].items())
+        print(f"    curvature and encoding, side by side: {work:.1f} s; floor {parts}: {work / floor:.1f} times")
+    peaks = ", ".join(f"{peak:.1f}" for peak in row["GPU GiB"])
+    print(f"    peak: GPU {peaks} GiB, host {row['host GiB']:.1f} GiB")
+    if row["blocks"] < whole:
+        print(f"    both for all {whole} blocks: {work * whole / row['blocks'] / 60:.1f} min, scaled up")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -213,22 +252,36 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--type", default="A3")
-    parser.add_argument("--gpu-memory")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of cards, one conversion each")
+    parser.add_argument(
+        "--gpu-memory", nargs="+", default=[None], help="limits, one conversion each; none for no limit"
+    )
     parser.add_argument("--host-memory")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--one", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.gpu_memory = [None if limit == "none" else limit for limit in args.gpu_memory]
+    if args.one:
+        print(json.dumps(convert(args, *args.one)))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     rates = ceilings(torch.device(args.device))
     for name, rate in rates.items():
         print(f"{name} products: {rate / 1e12:.0f}e12 a second")
-    rows = [measure(args, shape, rates) for shape in args.shape]
+    rows = [row for shape in args.shape for row in measure(args, shape, rates)]
     if len(rows) > 1:
-        print("\n| shape | weights | curvature, s | encoding, s | both, s per 1e9 weights |\n|---|---|---|---|---|")
+        print(
+            "\n| shape | weights | GPUs | limit | curvature and encoding, s | s per 1e9 weights | GPU GiB | host GiB |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
         for row in rows:
-            parts = [row["stages"].get(name, 0.0) for name in ("curvature", "encoding")]
-            each = sum(parts) / row["weights"] * 1e9
-            print(f"| {row['shape']} | {row['weights'] / 1e9:.2f}e9 | {parts[0]:.1f} | {parts[1]:.1f} | {each:.1f} |")
+            work = sum(row["stages"].get(name, 0.0) for name in ("curvature", "encoding"))
+            peak = max(row["GPU GiB"], default=0.0)
+            print(
+                f"| {row['shape']} | {row['weights'] / 1e9:.2f}e9 | {row['cards']} | {row['limit'] or ''} | {work:.1f} "
+                f"| {work / row['weights'] * 1e9:.1f} | {peak:.1f} | {row['host GiB']:.1f} |"
+            )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 
