@@ -85,6 +85,7 @@ def evaluate(
     if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
         raise AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
     with GGUFFile(base) as opened:
+        base_bpw = bits_per_weight(opened)
         tokens = opened.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
@@ -94,6 +95,10 @@ def evaluate(
     make = [str(perplexity), "-m", str(base), "-f", str(text), "--chunks", str(windows), *common]
     with GGUFFile(file) as opened:
         n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
+    if bpw > base_bpw:
+        progress.note(
+            f"warning: {file} has {bpw:.3f} bits a weight and its base {base} only {base_bpw:.3f}: are they swapped?"
+        )
     with tempfile.TemporaryDirectory(prefix="athena-eval-") as scratch:
         logits = base_logits or Path(scratch, "logits")
         _prepare_logits(logits, make, base, {"text": text_hash, "windows": windows}, size)
