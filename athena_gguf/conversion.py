@@ -38,9 +38,11 @@ class ConvertOptions:
     """`type`: of all linear layers, A3 if no target is given. Targets, of which there can be one: `bpw`, bits a weight;
     `size` of the file; `fit_memory` with `context` tokens; `preset` (athena_gguf.allocate.target). `embedding_type`:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
-    `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base file
-    made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the plan and
-    write no result. `gpu_memory`, `host_memory`: what the work may take, None for most of what is free."""
+    `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base
+    file made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
+    plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
+    the KL divergence on for it. `trust_remote_code`: run Python code that comes with the model. `gpu_memory`,
+    `host_memory`: what the work may take, None for most of what is free."""
 
     type: str | None = None
     bpw: float | None = None
@@ -59,12 +61,15 @@ class ConvertOptions:
     dry_run: bool = False
     gpu_memory: str | None = None
     host_memory: str | None = None
+    report: Path | None = None
+    report_text: Path | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Types in capitals, whatever was given; paths as paths, and one calibration text as a tuple of one."""
         for name in ("type", "embedding_type"):
             object.__setattr__(self, name, value.upper() if (value := getattr(self, name)) else None)
-        for name in ("work_dir", "base"):
+        for name in ("work_dir", "base", "report", "report_text"):
             object.__setattr__(self, name, Path(value) if (value := getattr(self, name)) else None)
         given = self.calibration
         texts = (given,) if isinstance(given, str | os.PathLike) else given
@@ -98,25 +103,29 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
-def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | None = None) -> Result:
-    """Quantize the model in `model_dir` and write `out`, which appears only when it is complete.
+def convert(model: Path | str, out: Path | str, options: ConvertOptions | None = None) -> Result:
+    """Quantize `model` (a folder, hub id or GGUF file) and write `out`, which appears only when it is complete.
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
     from athena_gguf.calibration.stage import Memory, Stage, all_of
     from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
+    from athena_gguf.model.trust import running_code
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
+    from athena_gguf.report.card import check_report, write_report
     from athena_gguf.summary import print_plan, print_summary
 
-    model_dir, out, options = Path(model_dir), Path(out), options or ConvertOptions()
+    out, options = Path(out), options or ConvertOptions()
     target, device = _target(options), _check(out, options)
     options = replace(options, device=device.type)
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
+    check_report(options.report, options.report_text)
     stages = Stages()
-    with _work_dir(options, out) as work:
+    with running_code(options.trust_remote_code), _work_dir(options, out) as work:
         with stages.timed("base file"):
+            model_dir, options = _model(model, work, options)
             base_path = _base_file(model_dir, work, options)
         with stages.timed("check"):
             plan = make_plan(base_path, options.type, options.embedding_type)
@@ -148,7 +157,11 @@ def convert(model_dir: Path | str, out: Path | str, options: ConvertOptions | No
         with stages.timed("writing"):
             _write(base_path, out, plan, encoded, changes, metadata)
         encoded.remove()
-    return print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
+        result = print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
+        if options.report is not None:
+            logits = work / "report-logits" if options.work_dir else None
+            write_report(options.report, out, result, base_path, model, options.report_text, logits)
+    return result
 
 
 def _target(options: ConvertOptions) -> Target | None:
@@ -214,6 +227,20 @@ def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
         raise AthenaError(f"{out} cannot be written: {error.strerror}") from error
     with folder as name:
         yield Path(name)
+
+
+def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
+    """The model's folder; that of a GGUF file comes with its base file."""
+    from athena_gguf.model.from_gguf import unpack_gguf
+    from athena_gguf.model.source import local_model
+
+    found = local_model(model, options.trust_remote_code)
+    if not found.is_file():
+        return found, options
+    if options.base is not None:
+        raise AthenaError(f"--base {options.base}: {found} is a GGUF file, and so its own base; leave --base out")
+    folder, base = unpack_gguf(found, work)
+    return folder, replace(options, base=base)
 
 
 def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:

@@ -120,7 +120,7 @@ def test_no_code_of_the_model_is_run_by_us(model, trap):
     import torch
 
     change(model / "config.json", model_type="trap")
-    with pytest.raises(AthenaError, match="Python code in its folder, which is never run"):
+    with pytest.raises(AthenaError, match="Python code in its folder, which is not run"):
         check_model(model)
     for load in (lambda: load_model(model, torch.device("cpu"), torch.float32), lambda: load_tokenizer(model)):
         with pytest.raises(AthenaError, match="cannot load"):
@@ -132,7 +132,7 @@ def test_no_code_of_the_model_is_run_by_the_converter(model, trap, runtime, tmp_
     """The converter loads the tokenizers of this architecture with trust_remote_code."""
     change(model / "config.json", architectures=["DreamModel"])
     (model / "tokenizer.model").unlink()
-    with pytest.raises(AthenaError, match="came with the model, which is never run"):
+    with pytest.raises(AthenaError, match="came with the model, which is not run"):
         write_base(model, tmp_path / "base.gguf")
     assert not trap.exists() and not (tmp_path / "base.gguf").exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
 from athena_gguf.model.load import check_model_dir
-from athena_gguf.model.trust import check_model_files, check_model_size
+from athena_gguf.model.trust import check_model_files, check_model_size, runs_code
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
@@ -26,7 +26,8 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
     tree = source_tree(runtime_dir)
     with temporary_beside(out_path) as temporary, tempfile.TemporaryFile() as said:
-        command = [sys.executable, "-m", "athena_gguf.model.no_code", str(tree / "convert_hf_to_gguf.py")]
+        guard = [] if runs_code() else ["-m", "athena_gguf.model.no_code"]
+        command = [sys.executable, *guard, str(tree / "convert_hf_to_gguf.py")]
         command.append(str(model_dir.absolute()))
         command += ["--outtype", "bf16", "--outfile", str(temporary)]
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.model.trust import runs_code
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
     quiet_transformers()
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=runs_code(), output_loading_info=True
         )
     except Exception as e:  # whatever a bad file makes transformers raise
         raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
@@ -55,7 +56,9 @@ def load_tokenizer(model_dir: Path) -> Any:
 
     check_model_dir(model_dir)
     try:
-        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=runs_code()
+        )
     except Exception as e:
         raise AthenaError(f"{model_dir}: transformers cannot load the tokenizer: {_brief(e)}") from e
 

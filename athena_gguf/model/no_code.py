@@ -16,7 +16,7 @@ def forbid() -> None:
     from transformers import dynamic_module_utils
 
     def refuse(class_name: Any, module_path: Any, **_: Any) -> Any:
-        raise ImportError(f"{module_path} is Python code that came with the model, which is never run")
+        raise ImportError(f"{module_path} is Python code that came with the model, which is not run")
 
     # Every way to such code ends in this function, which its callers look up when they call it.
     dynamic_module_utils.get_class_in_module = refuse

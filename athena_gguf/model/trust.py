@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,23 @@ _LARGEST_INDEX = 1 << 28
 _WEIGHTS_A_BYTE = 2  # at most, in any checkpoint: four bits a weight
 _LARGEST_COUNT = 4096  # of layers, heads, experts and the like
 _LARGEST_NUMBER = 1 << 32  # of anything else, such as positions
+
+_code = ContextVar("code", default=False)
+
+
+@contextmanager
+def running_code(allowed: bool) -> Iterator[None]:
+    """Inside, Python code that comes with a model is run if `allowed`: `--trust-remote-code`."""
+    token = _code.set(allowed)
+    try:
+        yield
+    finally:
+        _code.reset(token)
+
+
+def runs_code() -> bool:
+    """Whether the user allowed it, which nobody else can."""
+    return _code.get()
 
 
 def check_model_files(model_dir: Path) -> None:
@@ -89,18 +109,21 @@ def check_model_size(model_dir: Path) -> None:
     files = [p for p in model_dir.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()]
     most = _WEIGHTS_A_BYTE * sum(p.stat().st_size for p in files)
     try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=runs_code()
+        )
     except Exception as error:  # whatever a bad config makes transformers raise
         if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
             raise AthenaError(
-                f"{model_dir}: transformers knows this model only by the Python code in its folder, which is never run"
+                f"{model_dir}: transformers knows this model only by the Python code in its folder, which is not run; "
+                "look at it, and give --trust-remote-code if it may be"
             ) from error
         return
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         _check_numbers(model_dir, part, most)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=runs_code())
     except Exception:  # no language model, or a config that does not fit together: the loader says so
         return
     count = sum(p.numel() for p in model.parameters())
