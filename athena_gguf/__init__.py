@@ -1,17 +1,17 @@
 """athena-gguf: second-order quantization of language models to small GGUF files.
 
-The verbs of the command line are functions here: convert, base, inspect, eval, batch (docs/python.md).
+The verbs of the command line are functions here: convert, base, inspect, eval, compare, batch, doctor (docs/python.md).
 They are imported when they are first used, so that `import athena_gguf` stays cheap.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from athena_gguf.api import base, batch, convert, eval, inspect
+    from athena_gguf.api import base, batch, compare, convert, doctor, eval, inspect
     from athena_gguf.errors import AthenaError
 
 __version__ = "0.1.0"
-__all__ = ["AthenaError", "__version__", "base", "batch", "convert", "eval", "inspect"]
+__all__ = ["AthenaError", "__version__", "base", "batch", "compare", "convert", "doctor", "eval", "inspect"]
 
 
 def __getattr__(name: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 from athena_gguf.conversion import ConvertOptions
 
 if TYPE_CHECKING:
+    from athena_gguf.health import Finding
     from athena_gguf.jobs import BatchReport
+    from athena_gguf.report.comparison import Comparison
     from athena_gguf.report.evaluate import Evaluation
     from athena_gguf.summary import Result
 
@@ -58,12 +60,19 @@ def convert(model: AnyPath, out: AnyPath, options: ConvertOptions) -> Result:
     return run(model if isinstance(model, str) else Path(model), Path(out), options)
 
 
-def base(model: AnyPath, out: AnyPath) -> None:
-    """Write the BF16 GGUF file of a model, which conversions start from and are judged by. Raises AthenaError."""
+def base(model: AnyPath, out: AnyPath, *, trust_remote_code: bool = False) -> None:
+    """Write the BF16 GGUF file of a model (a folder, hub id or GGUF file), which conversions start from and are judged
+    by. `trust_remote_code`: run Python code that comes with it. Raises AthenaError."""
+    from athena_gguf import progress
     from athena_gguf.gguf_file import write_base
+    from athena_gguf.model.from_gguf import write_plain
     from athena_gguf.model.source import local_model
+    from athena_gguf.model.trust import running_code
 
-    write_base(local_model(str(model)), Path(out))
+    found = local_model(str(model), trust_remote_code)
+    with running_code(trust_remote_code), progress.stage("base file"):
+        (write_plain if found.is_file() else write_base)(found, Path(out))
+    progress.note(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB, BF16, made from {found}")
 
 
 def inspect(file: AnyPath) -> dict[str, Any]:
@@ -101,3 +110,46 @@ def batch(jobs: AnyPath, *, workers: int = 1, ray: str | None = None) -> BatchRe
     from athena_gguf.jobs import run_batch
 
     return run_batch(Path(jobs), workers=workers, ray=ray)
+
+
+def compare(
+    files: Sequence[AnyPath],
+    base: AnyPath,
+    text: AnyPath,
+    *,
+    windows: int = 60,
+    base_logits: AnyPath | None = None,
+    threads: int | None = None,
+    speed: bool = False,
+    report: AnyPath | None = None,
+) -> Comparison:
+    """`eval` for several files, whose base file's logits are computed once; with `speed` llama-bench runs them too.
+    `report`: a folder for pictures, JSON and a page of it. Raises AthenaError as `eval` does, and if `report` cannot be
+    written or matplotlib is not installed."""
+    from athena_gguf.report import plots
+    from athena_gguf.report.comparison import compare as run
+    from athena_gguf.report.comparison import write_comparison
+
+    if report is not None:
+        plots.require()
+    kept = None if base_logits is None else Path(base_logits)
+    found = run(
+        [Path(file) for file in files],
+        Path(base),
+        Path(text),
+        windows=windows,
+        base_logits=kept,
+        threads=threads,
+        speed=speed,
+    )
+    if report is not None:
+        write_comparison(found, Path(report))
+    return found
+
+
+def doctor(runtime: AnyPath | None = None) -> list[Finding]:
+    """What conversions and the runtime need, and whether it is here: see `status`, `detail` and `remedy` of each.
+    `runtime`: the runtime's folder, if it is not the usual one."""
+    from athena_gguf.health import examine
+
+    return examine(None if runtime is None else Path(runtime))

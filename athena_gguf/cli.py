@@ -7,7 +7,6 @@ program, 130 interrupted (docs/scripting.md).
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +37,8 @@ class _Commands(TyperGroup):
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):  # wrong use, or the end of a command
                 raise
+            import traceback
+
             traceback.print_exc()
             progress.error(f"{type(error).__name__}: {error} (a fault of athena-gguf; please report it)", FAULT)
             raise SystemExit(FAULT) from None
@@ -79,6 +80,17 @@ LogJson = Annotated[
         help="What happens as JSON, an object a line, on stderr.",
         callback=lambda wanted: progress.set_form("json") if wanted else None,
         expose_value=False,
+    ),
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Look at it first.")
+]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Windows of 512 tokens, from the start.")]
+BaseLogits = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-logits",
+        help="Keep the base file's logits here and use them again (large: 512 bytes x windows x vocabulary).",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. [default: all cores]")]
@@ -136,7 +148,9 @@ def runtime_path(folder: RuntimeDir = None) -> None:
     )
 )
 def convert(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, a hub id (org/name), or a GGUF file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_name: Annotated[
         str | None, typer.Option("--type", help="A2, A3 or A4 for all linear layers. [default: A3, without a target]")
@@ -197,6 +211,16 @@ def convert(
         Path | None, typer.Option("--work-dir", help="Folder for what further conversions can use. [default: none]")
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="DIR", help="Folder of a model card, to which the file is added, and pictures."
+        ),
+    ] = None,
+    report_text: Annotated[
+        Path | None, typer.Option("--report-text", help="Text to measure the card's KL divergence on.")
+    ] = None,
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
 ) -> None:
@@ -224,21 +248,27 @@ def convert(
         tune=tune,
         gpu_memory=gpu_memory,
         host_memory=host_memory,
+        report=report,
+        report_text=report_text,
+        trust_remote_code=trust_remote_code,
     )
     run_convert(model, out, options)
 
 
 @app.command(epilog=_examples("athena-gguf base models/SmolLM2-135M SmolLM2-BF16.gguf"))
 def base(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, a hub id (org/name), or a GGUF file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
 ) -> None:
     """Write a model's BF16 GGUF through llama.cpp's converter."""
     from athena_gguf import api
 
-    api.base(model, out)
+    api.base(model, out, trust_remote_code=trust_remote_code)
 
 
 @app.command(epilog=_examples("athena-gguf inspect A3.gguf", "athena-gguf inspect A3.gguf --json | jq .types"))
@@ -257,14 +287,8 @@ def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The GGUF file to evaluate.")],
     base_file: Annotated[Path, typer.Option("--base", metavar="BASE.gguf", help="The file it is compared with.")],
     text: Annotated[Path, typer.Option("--text", help="The text to evaluate on.")],
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of 512 tokens, from the start.")] = 60,
-    base_logits: Annotated[
-        Path | None,
-        typer.Option(
-            "--base-logits",
-            help="Keep the base file's logits here and use them again (large: 512 bytes x windows x vocabulary).",
-        ),
-    ] = None,
+    windows: Windows = 60,
+    base_logits: BaseLogits = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -274,6 +298,46 @@ def evaluate(
     from athena_gguf.report.evaluate import print_evaluation
 
     print_evaluation(file, base_file, text, windows, base_logits, threads, as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "athena-gguf compare A2.gguf A3.gguf A4.gguf --base BASE.gguf --text text.txt",
+        "athena-gguf compare *.gguf --base BASE.gguf --text text.txt --speed --report comparison",
+    )
+)
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="GGUF files to compare.")],
+    base_file: Annotated[Path, typer.Option("--base", metavar="BASE.gguf", help="The file they are compared with.")],
+    text: Annotated[Path, typer.Option("--text", help="The text to evaluate on.")],
+    windows: Windows = 60,
+    base_logits: BaseLogits = None,
+    threads: Threads = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speeds too, with llama-bench.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Folder for index.html, kld.png, speed.png, comparison.json."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    log_json: LogJson = False,
+) -> None:
+    """Compare several files with one base: size, KL divergence, perplexity, speed; table, pictures, page."""
+    import json
+
+    from athena_gguf import api
+
+    found = api.compare(
+        files,
+        base_file,
+        text,
+        windows=windows,
+        base_logits=base_logits,
+        threads=threads,
+        speed=speed,
+        report=report,
+    )
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
 
 
 @app.command(
@@ -307,6 +371,20 @@ def batch(
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.table())
     if not report.ok:
         raise typer.Exit(FAILED_JOBS)
+
+
+@app.command()
+def doctor(folder: RuntimeDir = None, as_json: Json = False) -> None:
+    """Check what conversions and the runtime need; exit code 1 and what to do if something is missing."""
+    import json
+    from dataclasses import asdict
+
+    from athena_gguf.health import examine, healthy, lines
+
+    findings = examine(folder)
+    print(json.dumps([asdict(f) for f in findings], indent=1) if as_json else "\n".join(lines(findings)))
+    if not healthy(findings):
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -173,10 +173,11 @@ def test_json_form(capsys, monkeypatch, text_form):
 
 
 def test_forms_on_the_command_line(tmp_path):
-    for option, said in (("--quiet", "error: "), ("--log-json", '{"time": ')):
-        result = athena("base", tmp_path / "absent", tmp_path / "out.gguf", option)
-        assert result.returncode == 1 and result.stderr.startswith(said) and result.stderr.count("\n") == 1
-    assert json.loads(result.stderr)["code"] == 1
+    quiet = athena("base", tmp_path / "absent", tmp_path / "out.gguf", "--quiet")
+    assert quiet.returncode == 1 and quiet.stderr.startswith("error: ") and quiet.stderr.count("\n") == 1
+    events = [json.loads(line) for line in athena("base", tmp_path / "absent", "x", "--log-json").stderr.splitlines()]
+    assert [e["event"] for e in events] == ["start", "error"] and events[-1]["code"] == 1
+    assert quiet.stderr == f"error: {events[-1]['text']}\n"
 
 
 def test_completion(monkeypatch):

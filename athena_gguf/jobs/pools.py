@@ -82,6 +82,7 @@ class RayPool:
         quiet: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
         try:
             if address == "local":
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a trial tells nobody
                 ray.init(address="local", num_cpus=workers, **quiet)
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.lock import locked
 from athena_gguf.runtime.places import binary_dir, resolve
-from athena_gguf.runtime.tree import make_tree
+from athena_gguf.runtime.tree import make_tree, tree_fingerprint
 
 TOOLS = (
     "llama-cli",
@@ -63,8 +64,7 @@ def build(
         tree, fingerprint = make_tree(folder, checkout, source)
         stamp = folder / "build.json"
         targets = [*TOOLS, *(TESTS if tests else ())]
-        state = {"source": fingerprint, "options": OPTIONS, "machine": _machine()}
-        key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        key = _key(fingerprint)
         done = _done(stamp, key)
         if set(targets) <= done and all(_exists(name, folder) for name in targets):
             return binary_dir(folder)
@@ -72,6 +72,20 @@ def build(
         _compile(cmake, folder, tree, targets, jobs, tests or any(name in done for name in TESTS))
         stamp.write_text(json.dumps({"key": key, "targets": sorted({*targets, *done})}))
         return binary_dir(folder)
+
+
+def build_state(folder: Path) -> Literal["current", "old", "absent"]:
+    """Whether the tools in the runtime folder are built from its source, this package's patch, and for this machine."""
+    if not (folder / "build.json").exists() or not all(_exists(name, folder) for name in TOOLS):
+        return "absent"
+    fingerprint = tree_fingerprint(folder)
+    built = fingerprint is not None and set(TOOLS) <= _done(folder / "build.json", _key(fingerprint))
+    return "current" if built else "old"
+
+
+def _key(fingerprint: str) -> str:
+    state = {"source": fingerprint, "options": OPTIONS, "machine": _machine()}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _require_tools() -> str:

@@ -27,10 +27,8 @@ def source_tree(folder: Path | None = None, *, checkout: Path | None = None, sou
     """
     folder = resolve(folder)
     with locked(folder, "--dir"):
-        if checkout is None and source is None:
-            there = _read(folder / _STAMP)
-            if isinstance(there, dict) and there.get("patch") == _patch_hash() and (folder / "llama.cpp").is_dir():
-                return folder / "llama.cpp"
+        if checkout is None and source is None and tree_fingerprint(folder) is not None:
+            return folder / "llama.cpp"
         return make_tree(folder, checkout, source)[0]
 
 
@@ -46,7 +44,7 @@ def make_tree(folder: Path, checkout: Path | None, source: Path | None) -> tuple
     else:
         origin = archive.ARCHIVE_SHA256
     wanted = {"origin": origin, "patch": _patch_hash()}
-    fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    fingerprint = _fingerprint(wanted)
     if tree.is_dir() and _read(stamp) == wanted:
         return tree, fingerprint
     with tempfile.TemporaryDirectory(prefix=".source-", dir=folder) as scratch:
@@ -62,6 +60,17 @@ def make_tree(folder: Path, checkout: Path | None, source: Path | None) -> tuple
         _synchronize(fresh, tree)
     stamp.write_text(json.dumps(wanted))
     return tree, fingerprint
+
+
+def tree_fingerprint(folder: Path) -> str | None:
+    """That of the tree in the runtime folder, None if there is none with this package's patch."""
+    there = _read(folder / _STAMP)
+    current = isinstance(there, dict) and there.get("patch") == _patch_hash() and (folder / "llama.cpp").is_dir()
+    return _fingerprint(there) if current else None
+
+
+def _fingerprint(origin_and_patch: object) -> str:
+    return hashlib.sha256(json.dumps(origin_and_patch, sort_keys=True).encode()).hexdigest()
 
 
 def checkout_files(checkout: Path) -> list[Path]:
