@@ -113,6 +113,18 @@ def test_random_bytes_under_sanitizers(build: str, tmp_path: Path) -> None:
     ggml_library.run(program, *GOLDEN)
 
 
+@pytest.mark.parametrize("build", ["plain", "avx2"])
+def test_random_bytes_under_valgrind(build: str, tmp_path: Path) -> None:
+    """Nothing is read before it is written, the scratch memory of matrix products included; it knows no AVX-512."""
+    valgrind = shutil.which("valgrind")
+    if not valgrind:
+        pytest.skip("no valgrind")
+    program = tmp_path / "random_rows"
+    flags = [*ggml_library.flags_of_build(build), "-g", "-DLEAVE_UNINITIALIZED"]
+    ggml_library.compile_c(program, flags, [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")])
+    ggml_library.run(valgrind, "-q", "--error-exitcode=9", "--leak-check=full", program, *GOLDEN)
+
+
 @pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm"])
 def test_random_bytes_on_arm(architecture: str, tmp_path: Path) -> None:
     """NEON with and without its dot product and matrix product instructions, in an emulator; golden vectors too."""
@@ -121,7 +133,8 @@ def test_random_bytes_on_arm(architecture: str, tmp_path: Path) -> None:
         pytest.skip("no compiler for ARM, or no qemu-aarch64")
     program = tmp_path / "random_rows"
     sources = [ggml_library.C_TESTS / name for name in ("random_rows.c", "gemm.c")]
-    ggml_library.compile_c(program, [f"-march={architecture}", "-static"], sources, compiler)
+    flags = [f"-march={architecture}", "-static", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    ggml_library.compile_c(program, flags, sources, compiler)
     said = ggml_library.run(emulator, program, *GOLDEN)
     golden, sums = int(said.split()[0]), int(said.split()[3])
     assert golden == 54 and sums > 5000
