@@ -181,10 +181,14 @@ class _GpuQueue:
     def __init__(
         self, plan: Plan, base: GGUFFile, settings: Any, devices: Sequence[torch.device], writer: _Writer
     ) -> None:
+        import torch
+
         from athena_gguf.encode import EncodePool
 
         self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
         self.devices = devices
+        # Threads that use it first at the same time fail.
+        torch.linalg.cholesky(torch.eye(2, device=devices[0]))
         self.pools = [EncodePool(settings, 1, device) for device in devices]
         self.threads = [ThreadPoolExecutor(1, f"{device}") for device in devices]
         self.jobs: list[deque[tuple[int, Future[None]]]] = [deque() for _ in devices]
