@@ -103,9 +103,9 @@ def eval(
     return evaluate(Path(file), Path(base), Path(text), windows=windows, base_logits=kept, threads=threads)
 
 
-def batch(jobs: AnyPath, *, workers: int = 1, ray: str | None = None) -> BatchReport:
-    """Make every file that a file of jobs asks for (docs/batch.md), `workers` models at a time, or on the Ray cluster
-    at the address `ray`. Goes on after a job fails: see `ok` and `jobs` of the result. Raises AthenaError if the file
+def batch(jobs: AnyPath, *, workers: int | None = None, ray: str | None = None) -> BatchReport:
+    """Make every file that a file of jobs asks for (docs/batch.md), `workers` models at a time (one by default), on this
+    machine or on the Ray cluster at the address `ray`. Goes on after a job fails: see `ok` and `jobs` of the result. Raises AthenaError if the file
     of jobs is wrong, or the cluster not there."""
     from athena_gguf.jobs import run_batch
 

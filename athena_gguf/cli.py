@@ -349,7 +349,10 @@ def compare(
 )
 def batch(
     jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs (docs/batch.md).")],
-    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Models at once.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-j", min=1, help="Models at once. [default: 1; as many as a cluster takes]"),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(

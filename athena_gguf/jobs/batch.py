@@ -21,12 +21,12 @@ from athena_gguf.lock import locked
 ATTEMPTS = 2  # of a job that was killed, or whose machine was lost
 
 
-def run_batch(path: Path, *, workers: int = 1, ray: str | None = None) -> BatchReport:
+def run_batch(path: Path, *, workers: int | None = None, ray: str | None = None) -> BatchReport:
     """Make every file that the file of jobs `path` asks for, except those that were made before with the same settings
     and are still there.
 
-    `workers`: models at once. `ray`: address of a Ray cluster to run on, or "local" for one of `workers` workers on
-    this machine. Goes on after a job fails. Raises AthenaError if the file of jobs is wrong, a folder cannot be
+    `ray`: address of a Ray cluster to run on, or "local" for one of `workers` workers on this machine. `workers`:
+    models at once, None for one on this machine and as many as a cluster takes. Goes on after a job fails. Raises AthenaError if the file of jobs is wrong, a folder cannot be
     written, or the cluster is not there.
     """
     batch = read_batch(path)
@@ -41,9 +41,10 @@ def run_batch(path: Path, *, workers: int = 1, ray: str | None = None) -> BatchR
         if kept:
             progress.note(f"{len(kept)} of {len(batch.jobs)} files are there already")
         if to_do:
-            pool: Pool = LocalPool(batch.state, workers) if ray is None else RayPool(batch.state, workers, ray)
+            limit = workers or (1 if ray in (None, "local") else len(to_do))
+            pool: Pool = LocalPool(batch.state, limit) if ray is None else RayPool(batch.state, limit, ray)
             try:
-                reports |= _run(batch, to_do, pool)
+                reports |= _run(batch, to_do, pool, limit)
             finally:
                 pool.stop()
         report = BatchReport(tuple(reports[job.name] for job in batch.jobs))
@@ -53,14 +54,21 @@ def run_batch(path: Path, *, workers: int = 1, ray: str | None = None) -> BatchR
         return report
 
 
-def _run(batch: Batch, jobs: list[Job], pool: Pool) -> dict[str, JobReport]:
-    """One job of every model at a time."""
+def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, JobReport]:
+    """One job of every model at a time, and up to `limit` models."""
     queues: dict[str, deque[Job]] = {}
     for job in jobs:
         queues.setdefault(job.group, deque()).append(job)
     attempts: dict[str, list[Attempt]] = {job.name: [] for job in jobs}
     reports: dict[str, JobReport] = {}
-    running: dict[Future[Attempt], Job] = {pool.submit(queue[0]): queue[0] for queue in queues.values()}
+    waiting = deque(queues.values())
+    running: dict[Future[Attempt], Job] = {}
+
+    def begin(queue: deque[Job]) -> None:
+        running[pool.submit(queue[0])] = queue[0]
+
+    while waiting and len(running) < limit:
+        begin(waiting.popleft())
     with progress.bar(f"batch of {len(jobs)} jobs", len(jobs)) as advance:
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -83,7 +91,9 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool) -> dict[str, JobReport]:
                 queue = queues[job.group]
                 queue.popleft()
                 if queue:
-                    running[pool.submit(queue[0])] = queue[0]
+                    begin(queue)
+                elif waiting:
+                    begin(waiting.popleft())
     return reports
 
 
