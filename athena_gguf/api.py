@@ -104,9 +104,10 @@ def eval(
 
 
 def batch(jobs: AnyPath, *, workers: int | None = None, ray: str | None = None) -> BatchReport:
-    """Make every file that a file of jobs asks for (docs/batch.md), `workers` models at a time (one by default), on this
-    machine or on the Ray cluster at the address `ray`. Goes on after a job fails: see `ok` and `jobs` of the result. Raises AthenaError if the file
-    of jobs is wrong, or the cluster not there."""
+    """Make every file that a file of jobs asks for (docs/batch.md), on this machine or on the Ray cluster at the
+    address `ray`, `workers` models at a time (by default one here, and as many as a cluster takes). Goes on after a job
+    fails: see `ok` and `jobs` of the result. Raises AthenaError if the file of jobs is wrong, or the cluster not there.
+    """
     from athena_gguf.jobs import run_batch
 
     return run_batch(Path(jobs), workers=workers, ray=ray)

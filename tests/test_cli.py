@@ -22,11 +22,13 @@ def athena(*arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([c, "--help"] for c in ("convert", "base", "inspect", "eval", "batch", "run"))]
+    "arguments",
+    [["--help"], *([c, "--help"] for c in ("convert", "base", "inspect", "eval", "compare", "batch", "run"))],
 )
 def test_help(arguments):
     result = athena(*arguments, NO_COLOR="1", COLUMNS="100")
     assert result.returncode == 0 and "Usage:" in result.stdout
+    assert len(arguments) == 1 or f"athena-gguf {arguments[0]} " in result.stdout.partition("Examples:")[2]
 
 
 def test_help_and_inspect_import_nothing_heavy(tiny_gguf):

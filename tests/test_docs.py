@@ -84,6 +84,26 @@ def test_the_readme_names_commands_and_options_that_exist():
         assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", rest)) <= options_of(words.split()), words
 
 
+def commands_in(text: str) -> list[list[str]]:
+    """The words of every indented or quoted `athena-gguf` command, continued lines joined."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"^ {4}athena-gguf (.+?)(?: #.*)?$", text, flags=re.M) + re.findall(
+        r"`athena-gguf ([^`]+)`", text
+    )
+    return [re.split(r"\s+", line.strip()) for line in found]
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+def test_documents_name_commands_and_options_that_exist(name):
+    for words in commands_in((ROOT / "docs" / name).read_text(encoding="utf-8")):
+        if words[0].startswith("-"):
+            assert words[0] in ("--install-completion", "--show-completion", "--help", "--version"), words
+            continue
+        command = words[: 2 if words[0] == "runtime" else 1]
+        options = {w for w in words if re.fullmatch(r"--?[a-z][a-z-]*", w)}
+        assert options <= options_of(command), words
+
+
 def test_the_quickstart_uses_commands_and_options_that_exist():
     text = (ROOT / "scripts" / "quickstart").read_text(encoding="utf-8")
     calls = re.findall(r"athena-gguf ([a-z]+(?: (?:build|path))?)\b(.*)$", text, flags=re.M)

@@ -26,8 +26,8 @@ def run_batch(path: Path, *, workers: int | None = None, ray: str | None = None)
     and are still there.
 
     `ray`: address of a Ray cluster to run on, or "local" for one of `workers` workers on this machine. `workers`:
-    models at once, None for one on this machine and as many as a cluster takes. Goes on after a job fails. Raises AthenaError if the file of jobs is wrong, a folder cannot be
-    written, or the cluster is not there.
+    models at once, None for one on this machine and as many as a cluster takes. Goes on after a job fails.
+    Raises AthenaError if the file of jobs is wrong, a folder cannot be written, or the cluster is not there.
     """
     batch = read_batch(path)
     try:

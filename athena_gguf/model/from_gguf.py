@@ -91,8 +91,12 @@ def _write_folder(file: Path, base: Path, folder: Path) -> None:
     quiet_transformers()
     where: dict[str, Any] = {"gguf_file": base.name, "local_files_only": True, "trust_remote_code": False}
     try:
+        config = transformers.AutoConfig.from_pretrained(base.parent, **where)
+        width = _head_width(base)
+        if width is not None and hasattr(config, "head_dim"):  # of some architectures transformers does not look
+            config.head_dim = width
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            base.parent, dtype=torch.bfloat16, output_loading_info=True, **where
+            base.parent, config=config, dtype=torch.bfloat16, output_loading_info=True, **where
         )
         model, found = loaded
         absent = sorted(found["missing_keys"])
@@ -115,3 +119,9 @@ def _write_folder(file: Path, base: Path, folder: Path) -> None:
             f"{file}: transformers cannot make a model of this GGUF file: {reason}; give the model's Hugging "
             "Face folder"
         ) from error
+
+
+def _head_width(file: Path) -> int | None:
+    with GGUFFile(file) as opened:
+        width = opened.metadata.get(f"{opened.metadata.get('general.architecture')}.attention.key_length")
+    return width if isinstance(width, int) else None
