@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.store import Calibration
-    from athena_gguf.encode import Encoded
+    from athena_gguf.encode import Encoded, EncodePool
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.plan import Plan
@@ -195,9 +195,19 @@ class _GpuQueue:
         self.stack = ExitStack()
 
     def __enter__(self) -> _GpuQueue:
-        for pool in self.pools:
+        for pool, jobs, thread, device in zip(self.pools, self.jobs, self.threads, self.devices, strict=True):
             self.stack.enter_context(pool)
+            jobs.append((0, thread.submit(self._compile, pool, device)))
         return self
+
+    def _compile(self, pool: EncodePool, device: torch.device) -> None:
+        """Encode next to nothing, so that the kernels are there when the first curvature is."""
+        from athena_gguf.encode import Metric
+        from athena_gguf.format import GROUP, TYPES
+
+        metric = Metric.identity(GROUP, device)
+        for kind in sorted(set(self.plan.encoded.values())):
+            pool.submit(metric.plain, metric, TYPES[kind])()
 
     def __exit__(self, *exception: object) -> None:
         for thread in self.threads:
