@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,12 @@ def require_cuda() -> None:
     """Raises AthenaError if Numba cannot run kernels."""
     try:
         import numba_cuda  # noqa: F401
-        from numba import config, cuda
+        from numba import cuda
     except ImportError as error:
         raise AthenaError(
             "--device cuda: encoding needs the package numba-cuda; pip install 'athena-gguf[cuda]', or use --device cpu"
         ) from error
-    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small tensors cannot fill the device
+    warnings.filterwarnings("ignore", ".*Grid size")  # small tensors cannot fill the device
     if not cuda.is_available():
         raise AthenaError("--device cuda: Numba finds no CUDA driver or compiler; use --device cpu")
 
