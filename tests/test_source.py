@@ -102,14 +102,45 @@ def quantized(base_path, out, kind):
     return out
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_gguf_as_model(family, runtime, text, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 64}),  # not hidden size by heads, nor transformers' default
+        ("Gemma3Text", {"head_dim": 32, "query_pre_attn_scalar": 32}),  # that no file says
+    ],
+)
+def test_model_of_a_gguf_file(family, config, runtime, tmp_path):
+    """Its predictions are those of the model that the file was made of."""
+    pytest.importorskip("accelerate")
+    import torch
+    import transformers
+
+    original, file = tiny.make(tmp_path / "model", family, **config), tmp_path / "model.gguf"
+    athena_gguf.base(original, file)
+    work = tmp_path / "work"
+    work.mkdir()
+    made, _ = unpack_gguf(file, work)
+    ids = torch.randint(3, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+
+    def predictions(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return model(ids).logits.log_softmax(-1)
+
+    wanted = predictions(original)
+    assert (
+        float((wanted.exp() * (wanted - predictions(made))).sum(-1).mean()) < 1e-3
+    )  # Gemma's norms are stored as w + 1
+
+
+def test_gguf_as_model(runtime, text, tmp_path):
     """A Q8_0 file: its weights are those of the base file made of it and of the model that transformers makes of it,
     and its conversion is near to that of the original model."""
     pytest.importorskip("accelerate")
     from athena_gguf.report.evaluate import evaluate
 
-    model, original = tiny.make(tmp_path / "model", family), tmp_path / "original.gguf"
+    model, original = tiny.make(tmp_path / "model"), tmp_path / "original.gguf"
     athena_gguf.base(model, original)
     given = quantized(original, tmp_path / "given.gguf", "Q8_0")
     work, out = tmp_path / "work", tmp_path / "out.gguf"
@@ -121,7 +152,7 @@ def test_gguf_as_model(family, runtime, text, tmp_path):
         for tensor in made:
             np.testing.assert_allclose(tensor.to_float32(), source.tensors[tensor.name].to_float32(), rtol=2**-8)
         assert made.metadata["tokenizer.ggml.tokens"] == source.metadata["tokenizer.ggml.tokens"]
-    assert json.loads((folder / "config.json").read_text())["model_type"] == family.lower()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert evaluate(given, original, text, windows=1, threads=2).kld < 0.01
     assert evaluate(out, plain, text, windows=1, threads=2).kld < 0.1
     with pytest.raises(AthenaError, match="is a GGUF file, and so its own base"):

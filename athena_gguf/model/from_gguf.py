@@ -12,6 +12,7 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import GGUFFile, Tensor
 
 _FLOATS = ("F32", "F16", "BF16")
+_GEMMA_27B_LAYERS = (46, 62)  # of Gemma 2 and 3
 # What llama.cpp's converter writes in F32 although it is a matrix.
 _KEPT = ("ffn_gate_inp", "position_embd", "token_types", "ssm_", "altup_", "laurel_", "per_layer_model_proj", "conv1d")
 
@@ -92,9 +93,7 @@ def _write_folder(file: Path, base: Path, folder: Path) -> None:
     where: dict[str, Any] = {"gguf_file": base.name, "local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(base.parent, **where)
-        width = _head_width(base)
-        if width is not None and hasattr(config, "head_dim"):  # of some architectures transformers does not look
-            config.head_dim = width
+        _complete(config, _head_width(base))
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             base.parent, config=config, dtype=torch.bfloat16, output_loading_info=True, **where
         )
@@ -119,6 +118,15 @@ def _write_folder(file: Path, base: Path, folder: Path) -> None:
             f"{file}: transformers cannot make a model of this GGUF file: {reason}; give the model's Hugging "
             "Face folder"
         ) from error
+
+
+def _complete(config: Any, head: int | None) -> None:
+    """Set what transformers does not take from the file, `head` being the width of a head."""
+    if head is not None and hasattr(config, "head_dim"):
+        config.head_dim = head
+    if head is not None and hasattr(config, "query_pre_attn_scalar"):  # as llama.cpp does, for no file says it
+        large = config.num_hidden_layers in _GEMMA_27B_LAYERS
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if large else head
 
 
 def _head_width(file: Path) -> int | None:
