@@ -160,7 +160,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         result = print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
         if options.report is not None:
             logits = work / "report-logits" if options.work_dir else None
-            write_report(options.report, out, result, base_path, model, options.report_text, logits)
+            write_report(options.report, out, result, base_path, model, model_dir, options.report_text, logits)
     return result
 
 

@@ -48,11 +48,13 @@ def write_report(
     result: Result,
     base: Path,
     model: Path | str,
+    model_dir: Path,
     text: Path | None,
     logits: Path | None,
 ) -> None:
-    """Add the file `out`, made of `model` with the base file `base`, to the card in `folder`, which is made. `text`: to
-    measure the KL divergence on, over 20 windows; `logits`: where the base file's logits are kept for that.
+    """Add the file `out`, made of `model` with its files in `model_dir` and the base file `base`, to the card in
+    `folder`, which is made. `text`: to measure the KL divergence on, over 20 windows; `logits`: where the base file's
+    logits are kept for that.
 
     Raises AthenaError if the folder cannot be written or the file cannot be evaluated.
     """
@@ -79,7 +81,7 @@ def write_report(
                 plots.Picture("kld", "KL divergence and size", points, "KL divergence, nats a token", True).write_png(
                     folder / "kld.png"
                 )
-            (folder / "README.md").write_text(_card(model, metadata, files, bool(points)), encoding="utf-8")
+            (folder / "README.md").write_text(_card(model, model_dir, metadata, files, bool(points)), encoding="utf-8")
             (folder / _FILES).write_text(json.dumps(files, indent=1), encoding="utf-8")
         except OSError as error:
             raise AthenaError(f"{folder}: {error.strerror}; choose another folder with --report") from error
@@ -99,9 +101,11 @@ def _loss_name(entry: dict[str, Any]) -> str:
     return f"losses-{Path(entry['file']).stem}.png"
 
 
-def _card(model: Path | str, metadata: dict[str, Any], files: list[dict[str, Any]], plotted: bool) -> str:
+def _card(
+    model: Path | str, model_dir: Path, metadata: dict[str, Any], files: list[dict[str, Any]], plotted: bool
+) -> str:
     name = metadata.get("general.name") or Path(model).name
-    parts = [_front_matter(model, metadata), f"# {name}, quantized with Athena-GGUF", _table(files)]
+    parts = [_front_matter(model, model_dir, metadata), f"# {name}, quantized with Athena-GGUF", _table(files)]
     if any(e["evaluation"] for e in files):
         texts = ", ".join(sorted({e["text"] for e in files if e["text"]}))
         parts.append(
@@ -134,7 +138,7 @@ def _card(model: Path | str, metadata: dict[str, Any], files: list[dict[str, Any
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(model: Path | str, metadata: dict[str, Any]) -> str:
+def _front_matter(model: Path | str, model_dir: Path, metadata: dict[str, Any]) -> str:
     """As the hub expects it. Licence and languages come from the model's own card, or from the file."""
     from huggingface_hub import ModelCardData
 
@@ -142,7 +146,7 @@ def _front_matter(model: Path | str, metadata: dict[str, Any]) -> str:
 
     source = str(metadata.get("general.base_model.0.repo_url") or metadata.get("general.source.url") or "")
     origin = str(model).partition("@")[0] if is_hub_id(model) else source.removeprefix(_HUB) if _HUB in source else None
-    own = _own_card(Path(model))
+    own = _own_card(model_dir)
     data = ModelCardData(
         base_model=origin,
         license=own.get("license") or metadata.get("general.license"),
