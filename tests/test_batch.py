@@ -149,8 +149,9 @@ def test_jobs_end_with_the_batch(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
-def test_ray_cluster_with_a_lost_worker(folder):
+def test_ray_cluster_with_a_lost_worker(folder, monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # not behind everything else on a busy machine
 
     def worker(file):
         """The Ray worker that runs the job: the parent of its process."""
