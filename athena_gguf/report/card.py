@@ -190,7 +190,12 @@ def _settings(files: list[dict[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for entry in files for key in entry["settings"]))
     lines = ["| | " + " | ".join(e["file"] for e in files) + " |", "|---" * (1 + len(files)) + "|"]
     for key in keys:
-        values = [e["settings"].get(key, "-") for e in files]
-        shown = [", ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+        shown = [_shown(e["settings"].get(key, "-")) for e in files]
         lines.append(f"| {key.removeprefix('athena.')} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

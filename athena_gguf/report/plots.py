@@ -85,10 +85,11 @@ def write_loss_picture(path: Path, title: str, losses: Mapping[str, float], type
         row, column = blocks.index(block), kinds.index(kind)
         values[row, column] = 100 * losses[name]
         if several:
-            axes.text(column, row, types[name], ha="center", va="center", fontsize=7, color="white")
+            color = "black" if losses[name] > 0.6 * max(losses.values()) else "white"  # the map is light at its top
+            axes.text(column, row, types[name], ha="center", va="center", fontsize=7, color=color)
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(blocks)), [str(b) if b >= 0 else "other" for b in blocks], fontsize=7)
-    axes.set(title=title, ylabel="block")
-    figure.colorbar(image, label="loss, % of the power under the curvature")
+    axes.set(title=f"{title}: loss, % of the power under the curvature", ylabel="block")
+    figure.colorbar(image, label="%")
     figure.savefig(path, format="png", dpi=_DOTS)
