@@ -9,8 +9,11 @@ the share of it that token generation reaches (all tensors are read once a token
     python tools/bench_runtime.py                             # the runtime's build, 1B shapes, 1 and all threads
     python tools/bench_runtime.py --shape smollm2-135m --threads 2 --layers 8
     python tools/bench_runtime.py --runtime DIR --keep FILES
+    python tools/bench_runtime.py --ik BUILD/bin              # with ik_llama.cpp's types, run by its own llama-bench
 
-Files stay in --keep and are used again; without it they are temporary. The 1B shapes take 5 GB for all types.
+--ik takes the folder of ik_llama.cpp's llama-bench and llama-quantize; its files are made by that llama-quantize from
+the Q8_0 file, without an importance matrix. Files stay in --keep and are used again; without it they are temporary. The
+1B shapes take 5 GB for all types.
 """
 
 import argparse
@@ -46,7 +49,13 @@ RATIOS = (
     ("A4", "IQ4_XS", 1.2, 0.0),
     ("A4", "Q4_K", 1.05, 1.0),
     ("A4", "Q4_0", 0.0, 1.0),
+    ("A2", "ik IQ2_KT", 0.0, 0.0),
+    ("A3", "ik IQ3_KT", 0.0, 0.0),
+    ("A3", "ik IQ3_K", 0.0, 0.0),
+    ("A4", "ik IQ4_KT", 0.0, 0.0),
+    ("A4", "ik IQ4_KS", 0.0, 0.0),
 )
+IK_TYPES = ("IQ2_KT", "IQ3_KT", "IQ3_K", "IQ4_KT", "IQ4_KS")  # all in blocks of 256
 
 
 @dataclass(frozen=True)
@@ -155,10 +164,40 @@ def tensor_bytes(shape: Shape, kind: str) -> int:
     return sum(rows * types.row_bytes(kind, columns) for rows, columns in shape.matrices().values())
 
 
+def tool(binaries: Path, name: str) -> Path:
+    found = [path for path in (binaries / name, binaries / f"{name}.exe") if path.exists()]
+    if not found:
+        raise SystemExit(f"no {name} in {binaries}")
+    return found[0]
+
+
+def quantize_with_ik(binaries: Path, source: Path, target: Path, kind: str) -> None:
+    unfinished = target.with_suffix(".part")
+    command = [str(tool(binaries, "llama-quantize")), "--pure", "--allow-requantize", "--ignore-imatrix-rules"]
+    command += [str(source), str(unfinished), kind]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        raise SystemExit(f"{command[0]} failed at {kind}:\n{(result.stdout + result.stderr)[-2000:]}")
+    unfinished.replace(target)
+
+
 def llama_bench(binaries: Path, model: Path, threads: int, prompt: int, generate: int) -> dict[str, float]:
     """Tokens a second of "pp" and "tg"."""
-    program = next(p for p in (binaries / "llama-bench", binaries / "llama-bench.exe") if p.exists())
-    command = [program, "-m", model, "-p", prompt, "-n", generate, "-t", threads, "-r", 1, "-o", "json"]
+    command = [
+        tool(binaries, "llama-bench"),
+        "-m",
+        model,
+        "-p",
+        prompt,
+        "-n",
+        generate,
+        "-t",
+        threads,
+        "-r",
+        1,
+        "-o",
+        "json",
+    ]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"llama-bench failed on {model.name}:\n{result.stderr[-2000:]}")
@@ -176,15 +215,36 @@ def compile_bandwidth(target: Path) -> None:
     subprocess.run(["cc", "-O3", "-march=native", "-pthread", str(source), "-o", str(target)], check=True)
 
 
-def report(speeds: dict[tuple[str, str], list[float]], read: list[float], shape: Shape, kinds: list[str]) -> None:
+@dataclass(frozen=True)
+class Candidate:
+    """A file, what runs it, and the bytes of it that a token reads."""
+
+    path: Path
+    binaries: Path
+    bytes: int
+
+
+def ik_candidates(binaries: Path, source: Path, shape: Shape) -> dict[str, Candidate]:
+    """ik_llama.cpp's types, made from the Q8_0 file `source`; none where the shape's rows are no multiple of 256."""
+    made = {}
+    if all(columns % 256 == 0 for _, columns in shape.matrices().values()):
+        for kind in IK_TYPES:
+            path = source.with_name(source.name.replace("-Q8_0", f"-ik-{kind}"))
+            if not path.exists():
+                quantize_with_ik(binaries, source, path, kind)
+            made[f"ik {kind}"] = Candidate(path, binaries, path.stat().st_size)
+    return made
+
+
+def report(speeds: dict[tuple[str, str], list[float]], read: list[float], candidates: dict[str, Candidate]) -> None:
     available = statistics.median(read)
     print(f"  read bandwidth {available / 1e9:.1f} GB/s")
-    for kind in kinds:
+    for kind, candidate in candidates.items():
         pp, tg = (statistics.median(speeds[kind, test]) for test in ("pp", "tg"))
-        share = tg * tensor_bytes(shape, kind) / available
-        print(f"  {kind:8} pp {pp:8.1f} t/s   tg {tg:7.2f} t/s, {100 * share:.0f}% of the bandwidth")
+        share = tg * candidate.bytes / available
+        print(f"  {kind:9} pp {pp:8.1f} t/s   tg {tg:7.2f} t/s, {100 * share:.0f}% of the bandwidth")
     for ours, theirs, *wanted in RATIOS:
-        if ours not in kinds or theirs not in kinds:
+        if ours not in candidates or theirs not in candidates:
             continue
         texts = []
         for test, least in zip(("tg", "pp"), wanted, strict=True):
@@ -197,6 +257,7 @@ def report(speeds: dict[tuple[str, str], list[float]], read: list[float], shape:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime", type=Path, help="folder of the binaries (default: the runtime's)")
+    parser.add_argument("--ik", type=Path, help="folder of ik_llama.cpp's binaries, to measure its types too")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look (default: the model's)")
     parser.add_argument("--vocabulary", type=int, help="a smaller vocabulary (default: the model's)")
@@ -228,10 +289,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {kind: folder / f"{args.shape}-{shape.layers}-{shape.vocabulary}-{kind}.gguf" for kind in kinds}
-        for kind, path in files.items():
+        candidates = {}
+        for kind in [*kinds, *(["Q8_0"] if args.ik else [])]:
+            path = folder / f"{args.shape}-{shape.layers}-{shape.vocabulary}-{kind}.gguf"
             if not path.exists():
                 write_model(path, shape, kind, ggml)
+            candidates[kind] = Candidate(path, args.runtime, tensor_bytes(shape, kind))
+        if args.ik:
+            candidates |= ik_candidates(args.ik, candidates["Q8_0"].path, shape)
         program = Path(temporary, "bench_bandwidth")
         compile_bandwidth(program)
         for threads in dict.fromkeys(int(t) for t in args.threads.split(",")):
@@ -239,11 +304,12 @@ def main() -> int:
             read = []
             for _ in range(args.rounds):
                 read.append(bandwidth(program, threads, args.mebibytes))
-                for kind, path in files.items():
-                    for test, speed in llama_bench(args.runtime, path, threads, args.prompt, args.generate).items():
+                for kind, candidate in candidates.items():
+                    run = llama_bench(candidate.binaries, candidate.path, threads, args.prompt, args.generate)
+                    for test, speed in run.items():
                         speeds[kind, test].append(speed)
             print(f"{threads} thread{'s' if threads > 1 else ''}")
-            report(speeds, read, shape, kinds)
+            report(speeds, read, candidates)
     return 0
 
 
