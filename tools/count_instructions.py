@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--tree", type=Path, help="patched llama.cpp source (default: the runtime's)")
     parser.add_argument("--architecture", default="armv8.2-a+dotprod+i8mm", help="as GCC's -march")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--columns", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     if args.tree is None:
