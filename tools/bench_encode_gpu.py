@@ -11,6 +11,7 @@ search kernel; `--check` compares the losses of some rows with the CPU encoder's
 import argparse
 import time
 import traceback
+import warnings
 
 import torch
 
@@ -62,11 +63,9 @@ def timed(work, repeats: int = 1) -> float:
 def ceilings(device: torch.device) -> dict[str, float]:
     a = torch.randn(8192, 8192, device=device)
     found = {}
-    for name, allow in (("float32 products", False), ("TF32 products", True)):
-        torch.backends.cuda.matmul.allow_tf32 = allow
-        a @ a
-        found[name] = 2 * 8192**3 / timed(lambda: a @ a, 5) * 1e3
-    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, b in (("float32 products", a), ("bfloat16 products", a.bfloat16())):
+        b @ b
+        found[name] = 2 * 8192**3 / timed(lambda b=b: b @ b, 5) * 1e3
     b = torch.empty(1 << 28, device=device)
     b.copy_(b + 1)
     found["memory bytes"] = 8 * b.numel() / timed(lambda: b.add_(1), 5) * 1e3
@@ -84,6 +83,39 @@ def search_floor(kind, rows: int, columns: int, shape: SearchShape, peak: dict[s
     return rows * columns / rows_of_warp * exchanges / peak["exchanges"] * 1e3
 
 
+def resources(kernel) -> str:
+    dispatcher = getattr(kernel, "dispatcher", kernel)
+    registers = list(dispatcher.get_regs_per_thread().values())
+    local = list(dispatcher.get_local_mem_per_thread().values())
+    return f"registers {registers}, bytes of local memory {local}"
+
+
+def launch_time(encoder, lanes, shape: SearchShape) -> float:
+    """Microseconds of this thread for handing the device one search."""
+    w, steps = encoder.w[:8, : encoder.metric.steps].contiguous(), encoder.steps
+    search = engine._Search(steps, lanes, 1, w, torch.ones_like(w), shape)
+    search(0)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        search(0)
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent / 50 * 1e6
+
+
+def halves_error(encoder, solution) -> float:
+    """Relative error of the loss of 64 rows."""
+    error = (encoder.w - solution.values * expand(solution.codes).repeat(1, LANES))[:64]
+    by_halves = float((encoder.steps.product(error) * error).sum(dtype=torch.float64))
+    h = encoder.metric.h
+    exact = sum(
+        float(((error.double() @ h[:, a : a + 512].double()) * error[:, a : a + 512]).sum())
+        for a in range(0, len(h), 512)
+    )
+    return by_halves / exact - 1
+
+
 def stages(
     kind, rows: int, columns: int, device: torch.device, peak: dict[str, float], totals: dict[str, float]
 ) -> None:
@@ -95,6 +127,7 @@ def stages(
     spent["metric"] = timed(lambda: holder.update(m=Metric(h, 0.01)))
     metric = holder["m"]
     print(f"\n{kind.name} {rows} x {columns}; peak memory of the metric {gibibytes():.2f} GiB")
+    warnings.simplefilter("ignore")  # Numba's about small grids
     encode_rows(w[:64], metric, kind, EncodeOptions(sweeps=1))  # compiles
     torch.cuda.reset_peak_memory_stats()
     spent["set-up"] = timed(lambda: holder.update(e=_Encoder(w, metric, kind, True)))
@@ -113,6 +146,8 @@ def stages(
     search = engine._Search(encoder.steps, lanes, 1, target, scale, shape)
     search(0)
     spent["searches of a round"] = LANES * timed(lambda: search(0), 4)
+    print(f"  search: {resources(search.kernel)}; {launch_time(encoder, lanes, shape):.0f} us to launch")
+    print(f"  loss by halves {halves_error(encoder, s):+.1e} off that in float64")
     natural = values.T[metric.inverse].float()
     part = natural[:, : max(32, engine._PRODUCTS // (columns // 64) ** 2)].contiguous()
     spent["normal equations"] = timed(lambda: encoder.steps._normal(part)) * rows / part.shape[1]
@@ -126,9 +161,8 @@ def stages(
     product = 2e3 * rows * columns**2
     floors = {
         "searches of a round": search_floor(kind, rows, columns, shape, peak),
-        "normal equations": product / 2 / peak["float32 products"]
-        + 4e3 * weights * columns / 64 / peak["memory bytes"],
-        "solution": product / peak["float32 products"],
+        "normal equations": product / peak["bfloat16 products"] + 4e3 * weights * columns / 64 / peak["memory bytes"],
+        "solution": 3 * product / peak["bfloat16 products"],
     }
     for name, floor in floors.items():
         print(f"  floor of {name:20s} {floor:9.2f} ms, measured {spent[name]:9.2f} ms: {spent[name] / floor:.2f} times")
@@ -162,13 +196,12 @@ def variants(kind, rows: int, columns: int, device: torch.device, shapes) -> Non
             torch.cuda.synchronize()
             compiled = time.perf_counter() - start
             ms = LANES * timed(lambda s=search: s(0), 4)
-            regs = [v for v in getattr(search.kernel, "dispatcher", search.kernel).get_regs_per_thread().values()]
             found = encoder.feedback_pass(codes)
             swept = encoder.sweep(found)
             power = float(((encoder.w @ metric.h) * encoder.w).sum())
             print(
                 f"  {shape}: {ms:8.2f} ms, loss {float(found.loss.sum()) / power:.6f}, after a sweep "
-                f"{float(swept.loss.sum()) / power:.6f}; registers {regs}; compiled in {compiled:.1f} s",
+                f"{float(swept.loss.sum()) / power:.6f}; {resources(search.kernel)}; compiled in {compiled:.1f} s",
                 flush=True,
             )
         except Exception:

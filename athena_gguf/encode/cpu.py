@@ -8,7 +8,7 @@ import numba as nb
 import numpy as np
 
 from athena_gguf.encode.metric import Metric
-from athena_gguf.encode.scales import DESCENT_SWEEPS, MIDDLES, OFFSETS, SCALES, expand, first_codes
+from athena_gguf.encode.scales import BYTE_SWEEPS, FIT_SWEEPS, MIDDLES, OFFSETS, SCALES, expand, first_codes
 from athena_gguf.format import GROUP, LANES, AType
 
 if TYPE_CHECKING:
@@ -71,9 +71,12 @@ class CpuSteps:
         arguments = (pull, metric.h, metric.sweeping.factor, metric.lane_inverses, scale, symbols, values)
         sweep(self.kind)(*(v.numpy() for v in arguments))
 
+    def product(self, error: torch.Tensor) -> torch.Tensor:
+        """`error` [rows, columns] times the curvature."""
+        return error @ self.metric.h
+
     def refit(self, values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Scale bytes [rows, groups] for fixed values: the normal equations of every row's scales, and from the bytes
-        there are one after the other to its best, given the row's others."""
+        """Scale bytes [rows, groups] for fixed values, by `descend` on the normal equations of every row's scales."""
         import torch
 
         h, natural = self.metric.plain, values[:, self.metric.inverse].float()
@@ -86,24 +89,33 @@ class CpuSteps:
             normal[:, g, g:] = products.view(rows, groups - g, GROUP).sum(2)
             normal[:, g + 1 :, g] = normal[:, g, g + 1 :]
         found = codes.clone()
-        descend(normal.numpy(), right.numpy(), SCALES, MIDDLES, DESCENT_SWEEPS, found.numpy())
+        descend(normal.numpy(), right.numpy(), SCALES, MIDDLES, FIT_SWEEPS, BYTE_SWEEPS, found.numpy())
         return found
 
 
-@nb.njit(nogil=True)
-def descend(normal, right, scales, middles, sweeps, codes):  # type: ignore[no-untyped-def]
-    """Every scale byte in turn to its best value given the row's others: cyclic coordinate descent, in place.
+@nb.njit(nogil=True, fastmath=True)
+def descend(normal, right, scales, middles, fits, sweeps, codes):  # type: ignore[no-untyped-def]
+    """Every scale in turn to its best value given the row's others: cyclic coordinate descent from `codes`, in place.
 
-    `normal` [rows, groups, groups], `right` [rows, groups]; `codes` [rows, groups] uint8.
+    `normal` [rows, groups, groups], `right` [rows, groups]; `codes` [rows, groups] uint8. Scales are real numbers for
+    `fits` sweeps, which come near the solution of the equations, then bytes for `sweeps`.
     """
     rows, groups = codes.shape
+    fitted, rest = np.empty(groups, np.float32), np.empty(groups, np.float32)
     for r in range(rows):
-        for _ in range(sweeps):
+        for g in range(groups):
+            fitted[g] = scales[codes[r, g]]
+        for g in range(groups):
+            rest[g] = right[r, g] - (normal[r, g] * fitted).sum()
+        for sweep in range(fits + sweeps):
             for g in range(groups):
                 diagonal = normal[r, g, g]
                 if diagonal > 0:
-                    rest = right[r, g]
+                    wanted = fitted[g] + rest[g] / diagonal
+                    if sweep >= fits:
+                        codes[r, g] = np.searchsorted(middles, wanted)
+                        wanted = scales[codes[r, g]]
+                    change = wanted - fitted[g]
+                    fitted[g] = wanted
                     for j in range(groups):
-                        if j != g:
-                            rest -= normal[r, g, j] * scales[codes[r, j]]
-                    codes[r, g] = np.searchsorted(middles, rest / diagonal)
+                        rest[j] -= normal[r, g, j] * change

@@ -68,7 +68,7 @@ def encode_rows(
     encoder = _Encoder(weight.to(metric.device).float(), metric, kind, gpu)
     best = encoder.run(options)
     data = pack_rows(kind, best.symbols[:, metric.inverse], best.codes)
-    power = ((encoder.w @ metric.h) * encoder.w).sum(dtype=best.loss.dtype)
+    power = (encoder.steps.product(encoder.w) * encoder.w).sum(dtype=best.loss.dtype)
     return Encoded(data.cpu().numpy(), float(best.loss.double().sum()), float(power))
 
 
@@ -108,7 +108,7 @@ class _Encoder:
 
     def solution(self, symbols: torch.Tensor, values: torch.Tensor, codes: torch.Tensor) -> _Solution:
         error = self.w - values * expand(codes).repeat(1, LANES)
-        pull = error @ self.metric.h
+        pull = self.steps.product(error)
         return _Solution(symbols, values, codes, pull, (error * pull).sum(1))
 
     def refit(self, found: _Solution) -> _Solution:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # The level at which a group's largest weight is put at first.
 PEAK = {"A2": 62.0, "A3": 58.0, "A4": 54.0}
 OFFSETS = (4, 2, 0, -2, -4, -6, -8, -10, -12)  # scale bytes tried around that: 1.19 down to 0.59 times
-DESCENT_SWEEPS = 4
+FIT_SWEEPS = 8  # of a refit, with scales as real numbers
+BYTE_SWEEPS = 3  # after them, with scale bytes
 
 SCALES = decode_scale(np.arange(256, dtype=np.uint8))
 MIDDLES = (SCALES[1:] + SCALES[:-1]) / 2

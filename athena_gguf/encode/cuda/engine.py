@@ -6,11 +6,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from athena_gguf.encode.cuda.launch import array, configure, simulated
+from athena_gguf.encode.cuda.products import Halves, halve, mixed
 from athena_gguf.encode.cuda.scales import ROWS, SHARE, descend, pick, reduce
 from athena_gguf.encode.cuda.search import WARP, SearchShape, rows_of_block, search_kernel, words_of_step
+from athena_gguf.encode.cuda.sweep import aim, settle
 from athena_gguf.encode.horizon import COMMIT, HORIZON
 from athena_gguf.encode.metric import Lanes, Metric
-from athena_gguf.encode.scales import DESCENT_SWEEPS, OFFSETS, expand, first_codes, middles_table, scale_table
+from athena_gguf.encode.scales import (
+    BYTE_SWEEPS,
+    FIT_SWEEPS,
+    OFFSETS,
+    expand,
+    first_codes,
+    middles_table,
+    scale_table,
+)
 from athena_gguf.format import GROUP, LANES, AType
 
 if TYPE_CHECKING:
@@ -29,8 +39,13 @@ class CudaSteps:
     def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType) -> None:
         self.w, self.metric, self.kind = weight, metric, kind
         self.rows, self.steps = len(weight), metric.steps
+        self.h = Halves.of(metric)
         # Rows last: neighbouring threads work on neighbouring rows.
-        self.target = metric.plain @ weight[:, metric.inverse].T
+        self.target = self.h.product(weight)[:, metric.inverse].T.contiguous()
+
+    def product(self, error: torch.Tensor) -> torch.Tensor:
+        """`error` [rows, columns] times the curvature."""
+        return self.h.product(error)
 
     def initial_scales(self) -> torch.Tensor:
         import torch
@@ -78,25 +93,26 @@ class CudaSteps:
         import torch
 
         metric, steps = self.metric, self.steps
-        target = torch.empty(self.rows, steps, device=pull.device)
+        target, shift, moved = torch.empty(3, self.rows, steps, device=pull.device)
+        parts = self.h.buffer(self.rows, steps)
         search = _Search(self, metric.sweeping, 1, target, scale, self.search_shape)
+        aimed = tuple(map(array, (shift, values, scale, target)))
+        found = (pull, shift, scale, search.cost, search.symbols, search.values, symbols, values, moved)
+        settled = tuple(map(array, found))
+        run_aim = configure(aim, -(-self.rows * steps // 256), 256)
+        run_settle = configure(settle, -(-self.rows // 4), (WARP, 4))
         for lane in range(LANES):
             a, z = lane * steps, lane * steps + steps
-            own, block = pull[:, a:z], metric.h[a:z, a:z]
             # Completing the square: with the other lanes fixed, the loss is the distance to this target under the
             # lane's own block of h, and a constant.
-            moved = values[:, a:z] * scale
-            torch.addmm(moved, own, metric.lane_inverses[lane], out=target)
+            torch.mm(pull[:, a:z], metric.lane_inverses[lane], out=shift)
+            run_aim(*aimed, a)
             search(lane)
-            moved -= search.values * scale
-            gain = (moved * torch.addmm(own, moved, block, beta=2)).sum(1, keepdim=True)
-            take = gain < 0
-            moved *= take
-            values[:, a:z] = torch.where(take, search.values, values[:, a:z])
-            symbols[:, a:z] = torch.where(take, search.symbols, symbols[:, a:z])
-            pull.addmm_(moved, metric.h[a:z])
+            run_settle(*settled, a)
+            self.h.add_product(pull, moved, lane, parts)
 
     def refit(self, values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        import torch
 
         columns, rows = self.target.shape
         groups = columns // GROUP
@@ -110,7 +126,9 @@ class CudaSteps:
             normal = self._normal(natural)
             part = found[:, a : a + chunk].contiguous()
             inputs = map(array, (normal, right, *tables))
-            configure(descend, -(-part.shape[1] // ROWS), (ROWS, SHARE))(*inputs, DESCENT_SWEEPS, array(part))
+            results = map(array, (torch.empty_like(right), part))
+            run = configure(descend, -(-part.shape[1] // ROWS), (ROWS, SHARE))
+            run(*inputs, FIT_SWEEPS, BYTE_SWEEPS, *results)
             found[:, a : a + chunk] = part
         return found.T.contiguous()
 
@@ -124,9 +142,16 @@ class CudaSteps:
         some = max(1, _PRODUCTS // (columns * rows))
         blocks = self.metric.plain.view(columns, groups, GROUP).transpose(0, 1)
         grouped = values.view(groups, GROUP, rows)
+        exact = mixed(values.device)
+        if exact:  # levels are whole numbers below 256, which bfloat16 has
+            grouped = grouped.bfloat16().repeat(1, 2, 1)
         width = 128
         for g in range(0, groups, some):
-            products = torch.bmm(blocks[g : g + some, g * GROUP :], grouped[g : g + some])
+            block, level = blocks[g : g + some, g * GROUP :], grouped[g : g + some]
+            if exact:
+                products = torch.bmm(torch.cat(halve(block), 2), level, out_dtype=torch.float32)
+            else:
+                products = torch.bmm(block, level)
             grid = (-(-rows // width), groups - g, len(products))
             configure(reduce, grid, width)(array(products), array(values), g, array(normal))
         return normal
@@ -135,7 +160,7 @@ class CudaSteps:
 class _Search:
     """Searches of `count` lanes at once, with their buffers. In: `x` [rows, count * steps] targets, which lose old
     errors where lanes are longer than the horizon, and `scale` [rows, steps], both as they are at the call. Results:
-    `symbols` uint8 and `values` int8, as x."""
+    `symbols` uint8 and `values` int8, as x; `cost` [rows, count] float32."""
 
     def __init__(
         self, steps: CudaSteps, lanes: Lanes, count: int, x: torch.Tensor, scale: torch.Tensor, shape: SearchShape
@@ -152,9 +177,10 @@ class _Search:
         back = torch.empty(words, dtype=torch.int32, device=device)
         # What the arrays look at must live as long as they do.
         self.held = (x, scale, lanes, back)
+        self.cost = torch.empty(rows, count, device=device)
         self.count = count
         self.inputs = tuple(map(array, (x, scale, lanes.unit, lanes.band, lanes.factor)))
-        self.results = tuple(map(array, (back, self.symbols, self.values)))
+        self.results = tuple(map(array, (back, self.symbols, self.values, self.cost)))
         self.kernel = configure(search_kernel(steps.kind, shape), blocks, WARP * shape.warps)
 
     def __call__(self, lane: int) -> None:

@@ -57,10 +57,11 @@ def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(fastmath=True)
-def descend(normal, right, scales, middles, sweeps, codes):  # type: ignore[no-untyped-def]
+def descend(normal, right, scales, middles, fits, sweeps, fitted, codes):  # type: ignore[no-untyped-def]
     """`athena_gguf.encode.cpu.descend` for rows that lie side by side. Blocks of (ROWS, SHARE) threads.
 
-    `normal` [groups, groups, rows], `right` [groups, rows] float32, used up; `codes` [groups, rows] uint8, in place.
+    `normal` [groups, groups, rows], `right` [groups, rows] float32, used up; `fitted` [groups, rows] float32, for the
+    scales; `codes` [groups, rows] uint8, in place.
     """
     moved = cuda.shared.array(ROWS, float32)
     mine, part = cuda.threadIdx.x, cuda.threadIdx.y
@@ -75,25 +76,30 @@ def descend(normal, right, scales, middles, sweeps, codes):  # type: ignore[no-u
             rest -= normal[g, j, row] * scales[codes[j, row]]
         if there:
             right[g, row] = rest
+            fitted[g, row] = scales[codes[g, row]]
     cuda.syncthreads()
-    for _ in range(sweeps):
+    for sweep in range(fits + sweeps):
         for g in range(groups):
             if part == g % SHARE:
                 diagonal = normal[g, g, row]
                 moved[mine] = float32(0)
                 if diagonal > float32(0):
-                    before = scales[codes[g, row]]
+                    before = fitted[g, row]
                     wanted = before + right[g, row] / diagonal
-                    low, high = 0, 255
-                    while low < high:
-                        middle = (low + high) // 2
-                        if middles[middle] < wanted:
-                            low = middle + 1
-                        else:
-                            high = middle
-                    moved[mine] = scales[low] - before
+                    if sweep >= fits:
+                        low, high = 0, 255
+                        while low < high:
+                            middle = (low + high) // 2
+                            if middles[middle] < wanted:
+                                low = middle + 1
+                            else:
+                                high = middle
+                        wanted = scales[low]
+                        if there:
+                            codes[g, row] = low
+                    moved[mine] = wanted - before
                     if there:
-                        codes[g, row] = low
+                        fitted[g, row] = wanted
             cuda.syncthreads()
             change = moved[mine]
             for j in range(part, groups, SHARE):

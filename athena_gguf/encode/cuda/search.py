@@ -95,7 +95,7 @@ class _Source:
 
     def text(self) -> str:
         w = self.out
-        with w.block("def search(x, scale, inverse, band, factor, lane, lanes, back, symbols, values):"):
+        with w.block("def search(x, scale, inverse, band, factor, lane, lanes, back, symbols, values, costs):"):
             self.start()
             with w.block("for t in range(steps):"):
                 if self.shape.horizon:
@@ -186,6 +186,10 @@ part{r} += lane""")
                     name = f"h{r}_1_{k}"
                     w(f"other = {self.fetch(names.index(name), name, f'thread{r}')}")
                     w(f"old{r}_{j} = other if slot{r} else old{r}_{j}")
+        # Survivors with other errors cannot be the row's path any more.
+        for r, s in self.pairs:
+            others = " | ".join(f"(h{r}_{s}_{k} != old{r}_{j})" for j, k in enumerate(oldest))
+            w(f"paid{r}_{s} = float32(1e30) if {others} else paid{r}_{s}")
         with w.block(f"for column in range(t + at, steps, {self.width}):"):
             for r in range(shape.rows):
                 w(f"rest{r} = x[row{r}, first{r} + column]")
@@ -246,13 +250,13 @@ part{r} += lane""")
                 paid, a = f"paid{r}_{q}", f"a{r}_{q}"
                 w(f"p = {self.fetch(names.index(paid), paid, f'source{q}_{f}')}")
                 w(f"d = {self.fetch(names.index(a), a, f'source{q}_{f}')} - b")
-                new = f"e{r}_{q} = d\nfrom{r}_{q} = source{q}_{f}\nchoice{r}_{q} = int32({f})"
                 if f == 0:
-                    w(f"low{r}_{q} = p + d * d\n{new}")
-                else:
-                    w("cost = p + d * d")
-                    with w.block(f"if cost < low{r}_{q}:"):
-                        w(f"low{r}_{q} = cost\n{new}")
+                    w(f"low{r}_{q} = p + d * d\ne{r}_{q} = d\nfrom{r}_{q} = source{q}_0\nchoice{r}_{q} = int32(0)")
+                    continue
+                # One variable a line: selections, where a common condition would make branches of the warp.
+                w(f"cost = p + d * d\nless = cost < low{r}_{q}")
+                for name, value in (("low", "cost"), ("e", "d"), ("from", f"source{q}_{f}"), ("choice", f"int32({f})")):
+                    w(f"{name}{r}_{q} = {value} if less else {name}{r}_{q}")
         if self.shape.exchange == "shared":
             self.sync()
 
@@ -321,6 +325,8 @@ part{r} += lane""")
                     w(f"low{r} = paid{r}_{s}\nwho{r} = state{s}")
         self.lowest()
         for r in rows:
+            with w.block(f"if there{r} and at == 0:"):
+                w(f"costs[row{r}, part{r} - lane] = low{r}")
             w(f"symbol{r} = int32(0)\nlevel_of{r} = int32(0)")
         with w.block(f"for start in range((steps - 1) & {-WARP}, -1, -{WARP}):"):
             with w.block("if start + me < steps:"):
@@ -373,12 +379,13 @@ def search_source(kind: AType, shape: SearchShape) -> str:
 
 @cache
 def search_kernel(kind: AType, shape: SearchShape) -> Any:
-    """The kernel `search(x, scale, inverse, band, factor, lane, lanes, back, symbols, values)`.
+    """The kernel `search(x, scale, inverse, band, factor, lane, lanes, back, symbols, values, costs)`.
 
     In: `x` [rows, lanes * steps] float32, the targets of `lanes` lanes from `lane` on, of which errors older than the
     horizon are taken off; `scale` [rows, steps] float32; of all 32 lanes `inverse` [32, steps], one over the factor's
     diagonal, `band` [32, steps, horizon] (`athena_gguf.encode.horizon`) and `factor` [32, steps, steps] float32.
-    `back` [warps, words, steps] int32: for the choices. Out: `symbols` uint8 and `values` int8, both as x.
+    `back` [warps, words, steps] int32: for the choices. Out: `symbols` uint8 and `values` int8, both as x;
+    `costs` [rows, lanes] float32, the sums of the squared errors.
     """
     from numba import cuda, float32, int32
 
