@@ -50,7 +50,7 @@ def test_search_finds_what_the_search_on_the_cpu_finds(name, feeds, steps):
     from athena_gguf.format import TYPES
 
     kind = TYPES[name]
-    shape = SearchShape(HORIZON if feeds else 0, COMMIT, warps=1, exchange="shared")
+    shape = SearchShape(HORIZON[name] if feeds else 0, COMMIT, warps=1, exchange="shared")
     rows = 1 if name == "A2" else 2
     x, factor, scale = problem(kind, rows, steps, feeds)
     symbols, cost = np.empty(x.shape, np.uint8), np.empty(rows, np.float32)
@@ -61,8 +61,9 @@ def test_search_finds_what_the_search_on_the_cpu_finds(name, feeds, steps):
     found_symbols, found_values = np.empty(x.shape, np.uint8), np.empty(x.shape, np.int8)
     costs, blocks = np.empty((rows, 1), np.float32), -(-rows // rows_of_block(kind, shape))
     back = np.empty((blocks, words_of_step(kind, shape), steps), np.int32)
-    inputs = (lanes.unit.numpy(), lanes.band.numpy(), factor[None], 0, 1, back, found_symbols, found_values, costs)
-    search_kernel(kind, shape)[blocks, 32](x.copy(), scale, *inputs)
+    band = lanes.band(max(1, shape.horizon)).numpy()
+    inputs = (x.copy(), scale, lanes.unit.numpy(), band, factor[None], 0, 1)
+    search_kernel(kind, shape)[blocks, 32](*inputs, back, found_symbols, found_values, costs)
     np.testing.assert_array_equal(found_symbols, symbols)
     np.testing.assert_array_equal(found_values, values)
     np.testing.assert_allclose(costs[:, 0], cost, rtol=1e-5)

@@ -5,7 +5,7 @@
 Rows x columns. The curvature has a spectrum that falls as a power law, in a random basis, with strong and weak columns.
 Every stage is timed by CUDA events, the first run of a kernel (its compilation) left out; the floor of the heaviest
 ones is their operations over what the card was measured to do in the same run. `--variants` tries other shapes of the
-search kernel; `--check` compares the losses of some rows with the CPU encoder's.
+search kernel instead; `--check` compares the losses of some rows with the CPU encoder's.
 """
 
 import argparse
@@ -18,20 +18,17 @@ import torch
 from athena_gguf.encode import EncodeOptions, Metric
 from athena_gguf.encode.cuda import engine
 from athena_gguf.encode.cuda.search import SearchShape
-from athena_gguf.encode.horizon import band
 from athena_gguf.encode.matrix import _Encoder, encode_rows
 from athena_gguf.encode.scales import expand
 from athena_gguf.format import LANES, TYPES, pack_rows
 
 VARIANTS = (
-    SearchShape(32, 8, rows=1, warps=2),
-    SearchShape(32, 8, rows=1, warps=8),
-    SearchShape(32, 8, rows=2, warps=4),
-    SearchShape(32, 16),
-    SearchShape(32, 4),
-    SearchShape(16, 8),
-    SearchShape(24, 8),
-    SearchShape(16, 8, rows=2, warps=4),
+    SearchShape(32, 8),
+    SearchShape(48, 8),
+    SearchShape(64, 8),
+    SearchShape(32, 8, warps=2),
+    SearchShape(32, 8, warps=8),
+    SearchShape(48, 8, warps=2),
 )
 
 
@@ -185,8 +182,6 @@ def variants(kind, rows: int, columns: int, device: torch.device, shapes) -> Non
         try:
             encoder = _Encoder(w, metric, kind, True)
             encoder.steps.search_shape = shape
-            for lanes in (metric.passing, metric.sweeping):
-                lanes.band = band(lanes.factor, shape.horizon, shape.commit)
             codes = encoder.steps.initial_scales()
             scale = expand(codes)
             target = encoder.w[:, : metric.steps].contiguous()
@@ -241,11 +236,13 @@ def main() -> None:
     for name in args.types:
         for text in args.shapes:
             rows, columns = map(int, text.split("x"))
-            jobs = [lambda k=TYPES[name], r=rows, c=columns: stages(k, r, c, device, peak, totals)]
-            if args.check:
-                jobs.append(lambda k=TYPES[name], c=columns: check(k, args.check, c, device))
+            kind, jobs = TYPES[name], []
             if args.variants:
-                jobs.append(lambda k=TYPES[name], r=rows, c=columns: variants(k, min(r, 4096), c, device, VARIANTS))
+                jobs.append(lambda k=kind, r=rows, c=columns: variants(k, min(r, 4096), c, device, VARIANTS))
+            else:
+                jobs.append(lambda k=kind, r=rows, c=columns: stages(k, r, c, device, peak, totals))
+            if args.check:
+                jobs.append(lambda k=kind, c=columns: check(k, args.check, c, device))
             for job in jobs:
                 try:
                     job()

@@ -20,12 +20,18 @@ _SMALL = 512  # columns up to which a triangular matrix is inverted by LAPACK's 
 
 class Lanes:
     """What the searches of all lanes need: `factor` [lanes, steps, steps], upper triangular; `inverse`, of it; `unit`
-    [lanes, steps], one over its diagonal; `band` [lanes, steps, horizon] (`athena_gguf.encode.horizon`)."""
+    [lanes, steps], one over its diagonal."""
 
     def __init__(self, factor: torch.Tensor) -> None:
         self.factor = factor.contiguous()
         self.unit = self.factor.diagonal(dim1=1, dim2=2).reciprocal().contiguous()
-        self.band = band(self.factor)
+        self.bands: dict[int, torch.Tensor] = {}
+
+    def band(self, horizon: int) -> torch.Tensor:
+        """[lanes, steps, horizon], of `athena_gguf.encode.horizon`."""
+        if horizon not in self.bands:
+            self.bands[horizon] = band(self.factor, horizon)
+        return self.bands[horizon]
 
     @cached_property
     def inverse(self) -> torch.Tensor:

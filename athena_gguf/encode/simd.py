@@ -1,4 +1,4 @@
-"""Two vector operations of the lane search, written as LLVM vector code.
+"""Three vector operations of the lane search, written as LLVM vector code.
 
 The loops behind them run over few elements of arrays that might overlap, as far as LLVM can tell, so it leaves them
 scalar; written as vectors they are four times faster, on any instruction set.
@@ -15,7 +15,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-WIDTH = 16  # floats of a vector; LLVM splits it to what the processor has
+from athena_gguf.encode.horizon import COMMIT
+
+WIDTH = 2 * COMMIT  # floats of a vector; LLVM splits it to what the processor has
 _FAST = ("fast",)
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 
@@ -97,22 +99,43 @@ def _is_run(places: npt.NDArray[np.int32]) -> bool:
 
 
 @intrinsic
-def subtract(
-    typing: Any, out: Any, at: Any, base: Any, start: Any, row: Any, first: Any, factor: Any, vectors: Any
-) -> Any:
-    """`out[at + i] = base[start + i] - factor * row[first + i]` for i below 16 * vectors; flat float32 arrays."""
+def subtract(typing: Any, out: Any, at: Any, base: Any, start: Any, row: Any, first: Any, factor: Any) -> Any:
+    """`out[at + i] = base[start + i] - factor * row[first + i]` for i below 16; flat float32 arrays."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
         out_, base_, row_ = (_data(context, builder, kinds[i], args[i]) for i in (0, 2, 4))
-        scalar = _splat(builder, args[6], WIDTH)
-        with cgutils.for_range(builder, args[7]) as loop:
-            i = builder.mul(loop.index, ir.Constant(loop.index.type, WIDTH))
-            values = builder.load(_vector_at(builder, base_, builder.add(args[3], i), _FLOAT, WIDTH), align=4)
-            weights = builder.load(_vector_at(builder, row_, builder.add(args[5], i), _FLOAT, WIDTH), align=4)
-            values = builder.fsub(values, builder.fmul(scalar, weights, flags=_FAST), flags=_FAST)
-            builder.store(values, _vector_at(builder, out_, builder.add(args[1], i), _FLOAT, WIDTH), align=4)
+        values = builder.load(_vector_at(builder, base_, args[3], _FLOAT, WIDTH), align=4)
+        weights = builder.load(_vector_at(builder, row_, args[5], _FLOAT, WIDTH), align=4)
+        taken = builder.fmul(_splat(builder, args[6], WIDTH), weights, flags=_FAST)
+        values = builder.fsub(values, taken, flags=_FAST)
+        builder.store(values, _vector_at(builder, out_, args[1], _FLOAT, WIDTH), align=4)
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(out, index, base, index, row, index, types.float32, index), generate
+    return types.void(out, index, base, index, row, index, types.float32), generate
+
+
+@intrinsic
+def subtract_product(
+    typing: Any, out: Any, at: Any, errors: Any, start: Any, factor: Any, first: Any, stride: Any
+) -> Any:
+    """`out[at + i] -= sum_k errors[start + k] * factor[first + stride * k + i]`, i and k below 8; flat arrays."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = signature.args
+        out_, errors_, factor_ = (_data(context, builder, kinds[i], args[i]) for i in (0, 2, 4))
+        place = _vector_at(builder, out_, args[1], _FLOAT, COMMIT)
+        total = builder.load(place, align=4)
+        row = builder.gep(factor_, [args[5]])
+        for k in range(COMMIT):
+            error = builder.load(builder.gep(errors_, [builder.add(args[3], ir.Constant(args[3].type, k))]))
+            weights = builder.load(builder.bitcast(row, ir.VectorType(_FLOAT, COMMIT).as_pointer()), align=4)
+            taken = builder.fmul(_splat(builder, error, COMMIT), weights, flags=_FAST)
+            total = builder.fsub(total, taken, flags=_FAST)
+            row = builder.gep(row, [args[6]])
+        builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(out, index, errors, index, factor, index, index), generate

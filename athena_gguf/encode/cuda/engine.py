@@ -33,12 +33,12 @@ _ITEMS = 1 << 20  # lanes of rows that a search takes at most
 class CudaSteps:
     """As `athena_gguf.encode.cpu.CpuSteps`. `weight` [rows, columns], columns lane by lane, on the device."""
 
-    search_shape = SearchShape(HORIZON, COMMIT)
     plain_shape = SearchShape(0, COMMIT)  # without errors to feed back
 
     def __init__(self, weight: torch.Tensor, metric: Metric, kind: AType) -> None:
         self.w, self.metric, self.kind = weight, metric, kind
         self.rows, self.steps = len(weight), metric.steps
+        self.search_shape = SearchShape(HORIZON[kind.name], COMMIT)
         self.h = Halves.of(metric)
         # Rows last: neighbouring threads work on neighbouring rows.
         self.target = self.h.product(weight)[:, metric.inverse].T.contiguous()
@@ -176,10 +176,11 @@ class _Search:
         words = (blocks * shape.warps, words_of_step(steps.kind, shape), steps.steps)
         back = torch.empty(words, dtype=torch.int32, device=device)
         # What the arrays look at must live as long as they do.
-        self.held = (x, scale, lanes, back)
+        band = lanes.band(max(1, shape.horizon))
+        self.held = (x, scale, lanes, band, back)
         self.cost = torch.empty(rows, count, device=device)
         self.count = count
-        self.inputs = tuple(map(array, (x, scale, lanes.unit, lanes.band, lanes.factor)))
+        self.inputs = tuple(map(array, (x, scale, lanes.unit, band, lanes.factor)))
         self.results = tuple(map(array, (back, self.symbols, self.values, self.cost)))
         self.kernel = configure(search_kernel(steps.kind, shape), blocks, WARP * shape.warps)
 
