@@ -7,7 +7,6 @@ import shutil
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile, write_base
@@ -93,5 +92,9 @@ def test_unknown_architecture(model, tmp_path, runtime):
 
 def test_unknown_tensor(model, tmp_path, runtime):
     """The converter's own complaint reaches the user."""
-    save_file({"model.layers.0.mystery.weight": np.zeros((2, 2), np.float32)}, model / "model.safetensors")
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = model / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.mystery.weight": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
     refused(model, tmp_path, r"mystery\.weight")
