@@ -7,7 +7,6 @@ for, encoding, writing, summary.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.lock import locked
+from athena_gguf.memory import shortage_explained
 
 if TYPE_CHECKING:
     from athena_gguf.allocate import Target
@@ -123,7 +123,11 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
     check_report(options.report, options.report_text)
     stages = Stages()
-    with running_code(options.trust_remote_code), _work_dir(options, out) as work:
+    with (
+        shortage_explained(str(out)),
+        running_code(options.trust_remote_code),
+        _work_dir(options, out) as work,
+    ):
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
             base_path = _base_file(model_dir, work, options)
@@ -220,13 +224,11 @@ def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
         with locked(options.work_dir, "--work-dir"):
             yield options.work_dir
         return
-    try:
-        # Beside the result: the base file is as large as the model, and /tmp may be small.
-        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise AthenaError(f"{out} cannot be written: {error.strerror}") from error
-    with folder as name:
-        yield Path(name)
+    from athena_gguf.gguf_file.atomic import folder_beside
+
+    # Beside the result: the base file is as large as the model, and /tmp may be small.
+    with folder_beside(out) as folder:
+        yield folder
 
 
 def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
@@ -294,6 +296,10 @@ def _allocate(
 
 def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
     """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
+    if any(len(shape) > 2 for shape in plan.shapes.values()):
+        if options.tune:
+            progress.note("warning: scales and norms are not tuned: that is not possible with a mixture of experts")
+        return False
     if options.tune is not None:
         return options.tune
     if device.type != "cuda":

@@ -3,6 +3,10 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from athena_gguf.errors import AthenaError
 
 # Parameters of mallopt(3) in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -37,3 +41,26 @@ def host_bytes() -> int:
             return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@contextmanager
+def shortage_explained(what: str) -> Iterator[None]:
+    """Turn a failed request for the host's memory into an AthenaError that names `what` was done."""
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        said = str(error).strip().splitlines()
+        more = f" ({said[0][:200]})" if said else ""
+        raise AthenaError(
+            f"{what}: not enough memory{more}; close other programs, raise the limit, or give less with "
+            "--host-memory. The same command goes on where this one stopped if it has a --work-dir"
+        ) from error
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether this is what Python, torch or a thread without room for its stack raises when memory is short."""
+    signs = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "bad_alloc")
+    signs += ("could not create a primitive",)  # oneDNN's
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

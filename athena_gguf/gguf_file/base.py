@@ -1,6 +1,7 @@
 """The BF16 base file, through llama.cpp's own converter."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,4 +62,5 @@ def _reason(text: str) -> str:
     """The line of the converter's output that says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").partition(":")[2] for line in lines if line.startswith("ERROR:")]
-    return (errors or lines[-1:] or ["the converter said nothing"])[-1].strip()
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(:|$)", line)]
+    return (errors or raised or lines[-1:] or ["the converter said nothing"])[-1].strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.memory import is_shortage
 from athena_gguf.model.trust import runs_code
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Any
             model_dir, dtype=dtype, local_files_only=True, trust_remote_code=runs_code(), output_loading_info=True
         )
     except Exception as e:  # whatever a bad file makes transformers raise
+        if is_shortage(e):
+            raise
         raise AthenaError(f"{model_dir}: transformers cannot load this model: {_brief(e)}") from e
     model, found = loaded
     absent = sorted(found["missing_keys"])  # transformers would fill them with random numbers

@@ -123,7 +123,10 @@ def check_model_size(model_dir: Path) -> None:
         _check_numbers(model_dir, part, most)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=runs_code())
+            # float32: another type would be torch's default meanwhile, for other threads too
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=runs_code()
+            )
     except Exception:  # no language model, or a config that does not fit together: the loader says so
         return
     count = sum(p.numel() for p in model.parameters())

@@ -95,7 +95,9 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             check(valid, "bytes of an A type are refused");
             if (ggml_nelements(tensor) <= MOST_ELEMENTS) {
                 decode(tensor, copy);
-                multiply(tensor, copy, 1 + 4*(i % 2));
+                if (data[size - 1] % 8 == 0) { // it takes most of the time
+                    multiply(tensor, copy, 1 + 4*(i % 2));
+                }
             }
         }
         free(copy);
