@@ -102,8 +102,6 @@ def make_plan(base_path: Path, type_name: str | None, embedding_type: str | None
         plan.curved.add(name)
         if shape[-1] % GROUP:
             plan.keep_standard(name, f"its row width is no multiple of {GROUP}")
-        elif len(shape) > 2:
-            plan.keep_standard(name, "experts are not encoded yet")
         elif lookup_only(name, big):
             plan.curved.discard(name)  # its rows have no input to weight columns by
     return plan
@@ -172,8 +170,8 @@ def other_weights(
             elif tensor.type_name in ("BF16", "F16"):
                 few = np.linspace(0, tensor.columns - 1, _COLUMNS).astype(int)
                 kind = torch.bfloat16 if tensor.type_name == "BF16" else torch.float16
-                ours = torch.from_numpy(tensor.data.view(np.int16)[:, few]).view(kind).float().sort(0).values
-                theirs = columns(layer, few.tolist()).detach().float().cpu().sort(0).values
+                ours = torch.from_numpy(tensor.data.view(np.int16)[..., few]).view(kind).float().sort(-2).values
+                theirs = columns(layer, few.tolist()).detach().float().cpu().sort(-2).values
                 if not torch.allclose(ours, theirs, rtol=2**-8, atol=2**-24):
                     found[tensor.name] = "holds other weights than the model"
     return found

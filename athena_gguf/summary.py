@@ -61,6 +61,13 @@ def print_summary(
             f"{TOKENS_PER_COLUMN} tokens a column; more --calibration-tokens would help. Least has "
             f"{worst.tensor_names[0]}: {worst.effective_tokens:.0f} tokens for {worst.columns} columns"
         )
+    missed = [c for c in inputs if c.unreached and not losses.keys().isdisjoint(c.tensor_names)]
+    if missed:
+        progress.note(
+            f"warning: no calibration token reached {sum(c.unreached for c in missed)} experts of {len(missed)} layer "
+            "inputs, which take the curvature of the others there (inside an expert: none); more --calibration-tokens "
+            f"would help. Most are in {max(missed, key=lambda c: c.unreached).tensor_names[0]}"
+        )
     weights = sum(plan.elements(n) for n in losses)
     bits = sum(plan.elements(n) * TYPES[plan.encoded[n]].bits_per_weight for n in losses)
     with GGUFFile(out) as written:

@@ -8,7 +8,7 @@ import transformers
 from athena_gguf.calibration import Lookup, measure_curvature, self_generated_windows, store, text_windows
 from athena_gguf.calibration import curvature as curvature_module
 from athena_gguf.errors import AthenaError
-from athena_gguf.model import LinearLayer, load_model, load_tokenizer
+from athena_gguf.model import LinearLayer, linear_layers, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,61 @@ def test_curvature_is_that_of_the_definition(cap, model, layers, windows, monkey
         assert curvature.about.effective_tokens == pytest.approx(effective, rel=1e-4)
         assert curvature.about.gradient_squares == pytest.approx(squares, rel=1e-4)
         np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
+
+
+def test_curvature_of_experts_is_that_of_the_definition(windows, monkeypatch):
+    """Every expert's from the tokens that it was sent, as seen by a stand-in for torch's own product."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    model = transformers.MixtralForCausalLM(config).eval().requires_grad_(False)
+    experts = model.model.layers[0].mlp.experts
+    names = {f"blk.0.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
+    shapes = {name: (4, 32, 48) if "down" in name else (4, 48, 32) for name in names}
+    layers = [layer for layer in linear_layers(model, "llama", shapes)]
+    assert {layer.tensor_name for layer in layers} == names
+    found = {c.about.tensor_names: c for c in measure_curvature(model, layers, windows, len(windows))}
+    assert set(found) == {("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"), ("blk.0.ffn_down_exps.weight",)}
+
+    seen, product = [], torch.nn.functional.linear
+
+    def spy(x, weight, bias=None):
+        y = product(x, weight, bias)
+        for stacked in (experts.gate_up_proj, experts.down_proj):
+            for expert in range(4):
+                if weight.data_ptr() == stacked[expert].data_ptr():
+                    zero = torch.zeros_like(y, requires_grad=True)
+                    seen.append((stacked, expert, x.detach().double().numpy(), zero))
+                    y = y + zero
+        return y
+
+    model.set_experts_implementation("eager")
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    logits = model(input_ids=windows).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, [zero for *_, zero in seen])
+    monkeypatch.undo()
+    assert len(seen) == 8
+    squares = dict.fromkeys(names, 0.0)
+    for (stacked, expert, x, _), gradient in zip(seen, gradients, strict=True):
+        g, weight = gradient.double().numpy(), stacked[expert].double().numpy()
+        readers = (
+            {"gate": slice(0, 48), "up": slice(48, 96)} if stacked is experts.gate_up_proj else {"down": slice(32)}
+        )
+        u = np.sqrt(np.square(g).sum(1))
+        curvature = found[tuple(f"blk.0.ffn_{reader}_exps.weight" for reader in readers)]
+        expected = (x * u[:, None]).T @ x / u.sum()
+        np.testing.assert_allclose(curvature.matrix[expert], expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max())
+        for reader, rows in readers.items():
+            power = np.square(weight[rows]).mean(1)
+            norms = np.sqrt((np.square(g[:, rows]) * power / power.mean()).sum(1))
+            squares[f"blk.0.ffn_{reader}_exps.weight"] += np.square(np.minimum(norms, 10 * norms.mean())).sum()
+    for curvature in found.values():
+        assert curvature.about.tokens == windows.numel() and curvature.about.unreached == 0
+        for name, square in zip(curvature.about.tensor_names, curvature.about.gradient_squares, strict=True):
+            assert square == pytest.approx(squares[name] / windows.numel(), rel=1e-4)
 
 
 def test_power_of_looked_up_rows_is_that_of_the_definition(model, layers, windows):

@@ -122,7 +122,7 @@ def _groups(plan: Plan, calibration: Calibration) -> Iterator[tuple[torch.Tensor
         names = [n for n in c.about.tensor_names if n in plan.shapes]
         measured.update(names)
         if names:
-            yield c.matrix, names
+            yield c.matrix if c.matrix.ndim == 2 else c.matrix.mean(0), names  # of all experts
     for name in plan.shapes:
         if name not in measured:
             yield None, [name]

@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
 from athena_gguf.model import LinearLayer
+from athena_gguf.model.experts import ExpertLayers, Watcher, watched
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +46,13 @@ class LayerInput:
     gradient_squares: tuple[float, ...]
     columns: int
     mean_diagonal: float  # of the curvature
+    unreached: int = 0  # experts that no token was sent to; those of the input have a curvature each
 
 
 @dataclass
 class Curvature:
-    """Of one layer input. `matrix` [columns, columns] float32, normalized by the sum of the token weights u."""
+    """Of one layer input. `matrix` [columns, columns] float32, normalized by the sum of the token weights u; of the
+    inputs of a block's experts [experts, columns, columns]."""
 
     matrix: torch.Tensor
     about: LayerInput
@@ -64,14 +69,16 @@ class Lookup:
 class _Input:
     """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
 
-    def __init__(self, layers: Sequence[LinearLayer], columns: int, device: Any) -> None:
+    def __init__(self, layers: Sequence[LinearLayer], matrix: torch.Tensor) -> None:
+        """`matrix` [columns, columns]: zeros, where the sum goes."""
         import torch
 
+        device = matrix.device
         self.names = tuple(layer.tensor_name for layer in layers)
         self.readers = len(layers)
         sizes = [torch.linalg.vector_norm(layer.module.weight, dim=1, dtype=torch.float32) for layer in layers]
         self.row_sizes = [size / size.square().mean().sqrt() for size in sizes]
-        self.sum_xx = torch.zeros(columns, columns, device=device)
+        self.sum_xx = matrix
         self.sum_u = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_squares = torch.zeros(self.readers, dtype=torch.float64, device=device)
@@ -108,6 +115,69 @@ class _Input:
         self.clear()
 
 
+class _ExpertInputs:
+    """The inputs of one of the stacked weights of a mixture of experts: those that each expert was sent."""
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        import torch
+
+        first = layers[0].module
+        self.layers, self.parameter = layers, first.parameter
+        self.names = tuple(layer.tensor_name for layer in layers)
+        experts, _, columns = first.weight.shape
+        self.matrices = torch.zeros(experts, columns, columns, device=first.weight.device)
+        self.parts = []
+        for expert in range(experts):
+            those = [replace(layer, module=SimpleNamespace(weight=layer.module.weight[expert])) for layer in layers]
+            self.parts.append(_Input(those, self.matrices[expert]))
+        self.tokens = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.x: Any = None
+        for part in self.parts:
+            part.clear()
+
+    def watch(self, tokens: int, product: tuple[str, int, torch.Tensor, torch.Tensor] | None) -> None:
+        if product is None:
+            self.tokens += tokens
+        elif product[0] == self.parameter and product[3].requires_grad:
+            _, expert, x, y = product
+            self.x = x.detach()
+            self.parts[expert].x = self.x
+            y.register_hook(partial(self.gradient, expert))
+
+    def gradient(self, expert: int, g: torch.Tensor) -> None:
+        for reader, layer in enumerate(self.layers):
+            self.parts[expert].gradient(reader, g[..., layer.module.rows])
+
+    def finish(self) -> Curvature:
+        """An expert that no token was sent to gets the curvature of all inputs of the others, if they share their
+        columns; inner columns have nothing to do with each other, so there it gets the identity."""
+        import torch
+
+        totals = torch.stack([part.sum_u for part in self.parts])
+        whole, reached = float(totals.sum()), totals > 0
+        if whole == 0:
+            raise _no_gradient(self.names[0])
+        if not bool(reached.all()):
+            pooled = self.matrices.sum(0) / whole
+            if self.parameter == "down_proj":
+                pooled = torch.eye(len(pooled), device=pooled.device) * pooled.diagonal().mean()
+            self.matrices[~reached] = pooled
+        self.matrices[reached] /= totals[reached, None, None].float()
+        squares = torch.stack([part.sum_squares for part in self.parts]).sum(0) / self.tokens
+        effective = [float(part.sum_u) ** 2 / float(part.sum_uu) for part in self.parts if float(part.sum_uu)]
+        return _checked(
+            self.matrices,
+            self.names,
+            tokens=self.tokens,
+            effective_tokens=sum(effective) / len(effective),
+            gradient_squares=tuple(squares.tolist()),
+            unreached=int((~reached).sum()),
+        )
+
+
 class Collector:
     """Sums up the curvatures of the inputs of `layers` while it is entered and batches run forward and backward.
 
@@ -116,18 +186,27 @@ class Collector:
     """
 
     def __init__(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> None:
-        self.inputs = _group(layers, probe)
+        self.inputs = _group([layer for layer in layers if not isinstance(layer.module, ExpertLayers)], probe)
+        experts: dict[tuple[int, str], list[LinearLayer]] = {}
+        for layer in layers:
+            if isinstance(layer.module, ExpertLayers):
+                experts.setdefault((id(layer.module.owner), layer.module.parameter), []).append(layer)
+        self.experts = [_ExpertInputs(found) for found in experts.values()]
         self.by_module = {id(layer.module): (group, i) for group, found in self.inputs for i, layer in enumerate(found)}
-        self.handles: list[Any] = []
+        self.exits = ExitStack()
 
     def __enter__(self) -> Collector:
+        watchers: dict[Any, list[Watcher]] = {}
+        for group in self.experts:
+            watchers.setdefault(group.layers[0].module.owner, []).append(group.watch)
+        self.exits.enter_context(watched(watchers))
         members = [layer for _, found in self.inputs for layer in found]
-        self.handles = [layer.module.register_forward_hook(self._watch) for layer in members]
+        for layer in members:
+            self.exits.callback(layer.module.register_forward_hook(self._watch).remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.exits.close()
 
     def _watch(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if output.requires_grad:
@@ -137,14 +216,17 @@ class Collector:
 
     def clear(self) -> None:
         """Before every batch."""
-        for group, _ in self.inputs:
+        for group in self._all():
             group.clear()
+
+    def _all(self) -> list[_Input | _ExpertInputs]:
+        return [*(group for group, _ in self.inputs), *self.experts]
 
     def not_finite(self) -> str | None:
         """A tensor that the batch gave an input with NaN or Inf."""
         import torch
 
-        seen = (group for group, _ in self.inputs if group.x is not None)
+        seen = (group for group in self._all() if group.x is not None)
         return next((group.names[0] for group in seen if not torch.isfinite(group.x).all()), None)
 
     def add(self, other: Collector) -> None:
@@ -160,6 +242,8 @@ class Collector:
         """Raises AthenaError naming the tensor if a curvature is not finite or there was no gradient."""
         found = [_finish(group) for group, _ in self.inputs]
         self.inputs = []
+        while self.experts:
+            found.append(self.experts.pop(0).finish())
         return found
 
 
@@ -210,21 +294,35 @@ def not_finite(collector: Collector | None) -> AthenaError:
 
 
 def _finish(group: _Input) -> Curvature:
-    import torch
-
     total = float(group.sum_u)
     if total == 0:
-        raise AthenaError(f"{group.names[0]}: the loss has no gradient here; give other calibration text")
-    matrix = group.sum_xx.div_(total)
-    mean_diagonal = float(matrix.diagonal().mean())
+        raise _no_gradient(group.names[0])
+    return _checked(
+        group.sum_xx.div_(total),
+        group.names,
+        tokens=group.tokens,
+        effective_tokens=total**2 / float(group.sum_uu),
+        gradient_squares=tuple((group.sum_squares / group.tokens).tolist()),
+    )
+
+
+def _no_gradient(name: str) -> AthenaError:
+    return AthenaError(f"{name}: the loss has no gradient here; give other calibration text")
+
+
+def _checked(matrix: torch.Tensor, names: tuple[str, ...], **about: Any) -> Curvature:
+    """The curvature of an input. Raises AthenaError naming the tensor if it is not finite."""
+    import torch
+
+    mean_diagonal = float(matrix.diagonal(dim1=-2, dim2=-1).mean())
     if not math.isfinite(mean_diagonal) or not torch.isfinite(matrix).all():
         raise AthenaError(
-            f"{group.names[0]}: the curvature is not finite (NaN or Inf in the activations or gradients); "
+            f"{names[0]}: the curvature is not finite (NaN or Inf in the activations or gradients); "
             "check the model's weights, or calibrate in float32 with --device cpu"
         )
-    squares = tuple((group.sum_squares / group.tokens).tolist())
-    effective = total**2 / float(group.sum_uu)
-    return Curvature(matrix, LayerInput(group.tokens, effective, group.names, squares, len(matrix), mean_diagonal))
+    return Curvature(
+        matrix, LayerInput(tensor_names=names, columns=matrix.shape[-1], mean_diagonal=mean_diagonal, **about)
+    )
 
 
 def loss(logits: torch.Tensor, tokens: torch.Tensor, labels: str, generator: Any) -> torch.Tensor:
@@ -287,4 +385,8 @@ def _group(layers: Sequence[LinearLayer], probe: Callable[[], object]) -> list[t
         for handle in handles:
             handle.remove()
     groups = [(x, [m for m in members if runs[m.module_name] == 1]) for x, members in seen.values()]
-    return [(_Input(members, x.shape[-1], x.device), members) for x, members in groups if members]
+    return [
+        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device)), members)
+        for x, members in groups
+        if members
+    ]

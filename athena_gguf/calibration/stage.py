@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Stage:
         from athena_gguf.model import load_model
 
         model = load_model(self.model_dir, self.device, torch.float32)
-        layers = self._layers(model, lambda layer, which: layer.module.weight[:, which])
+        layers = self._layers(model, lambda layer, which: layer.module.weight[..., which])
         batch = 2 if self.device.type == "cpu" else 16
         with measuring():
             return measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
@@ -178,7 +179,7 @@ class Stage:
             name = f"{layer.module_name}.weight"
             if name in models[0].checkpoint:
                 return models[0].checkpoint.columns(name, which)
-            return layer.module.weight[:, which]  # tied, and so never dropped
+            return layer.module.weight[..., which]  # tied, and so never dropped
 
         layers = self._layers(models[0].model, columns)
         widest = self._widest()
@@ -204,7 +205,7 @@ class Stage:
         """Of the model in float32, its curvatures and the activations of two windows, about."""
         plan = self.plan
         weights = sum(4 * plan.elements(name) for name in plan.shapes)
-        curvatures = sum(4 * plan.shapes[name][-1] ** 2 for name in plan.curved)
+        curvatures = sum(4 * math.prod(plan.shapes[name][:-2]) * plan.shapes[name][-1] ** 2 for name in plan.curved)
         blocks = len({name.split(".")[1] for name in plan.curved if name.startswith("blk.")})
         return weights + curvatures + 2 * self.window * self._widest() * _ACTIVATIONS * max(1, blocks) + _MARGIN
 

@@ -14,7 +14,7 @@ from athena_gguf.calibration.curvature import Curvature, LayerInput, Lookup
 from athena_gguf.errors import AthenaError
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-METHOD = 4  # raised when the same inputs give another curvature
+METHOD = 5  # raised when the same inputs give another curvature
 
 Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
 
@@ -99,14 +99,14 @@ def _matrix(path: Path) -> Path:
 
 
 def _load(path: Path, columns: int):  # type: ignore[no-untyped-def]
-    """The matrix of a file, None if there is none or it is damaged."""
+    """The matrix, or those of experts, of a file; None if there is none or it is damaged."""
     from safetensors.torch import load_file
 
     try:
         matrix = load_file(path)["matrix"]
     except Exception:  # absent, or whatever a damaged file raises: measure again
         return None
-    return matrix if tuple(matrix.shape) == (columns, columns) else None
+    return matrix if tuple(matrix.shape[-2:]) == (columns, columns) else None
 
 
 def _about(content: object) -> LayerInput | None:

@@ -131,6 +131,22 @@ class _Writer:
             future.result()
 
 
+def _encode_experts(
+    queue: _CpuQueue | _GpuQueue,
+    pool: EncodePool,
+    device: torch.device | str,
+    matrices: torch.Tensor,
+    names: Sequence[str],
+) -> None:
+    from athena_gguf.encode.experts import encode_experts
+    from athena_gguf.format import TYPES
+
+    weights = {name: queue.base.tensors[name].to_torch(device) for name in names}
+    kinds = {name: TYPES[queue.plan.encoded[name]] for name in names}
+    for name, encoded in encode_experts(pool, weights, kinds, matrices, queue.settings.damping).items():
+        queue.writer.put(name, encoded)
+
+
 class _CpuQueue:
     """Encodes in all processors' threads, some tensors at a time."""
 
@@ -157,6 +173,10 @@ class _CpuQueue:
         from athena_gguf.encode.pool import PIECE
         from athena_gguf.format import TYPES
 
+        if matrix is not None and matrix.ndim > 2:
+            self.drain()
+            _encode_experts(self, self.pool, "cpu", matrix, names)
+            return
         columns = self.plan.shapes[names[0]][-1]
         metric = layer_metric(matrix, columns, self.settings.damping, names[0])
         for name in names:
@@ -232,6 +252,9 @@ class _GpuQueue:
 
         device, columns = self.devices[at], self.plan.shapes[names[0]][-1]
         with torch.cuda.device(device):
+            if matrix is not None and matrix.ndim > 2:
+                _encode_experts(self, self.pools[at], device, matrix, names)
+                return
             metric = layer_metric(matrix, columns, self.settings.damping, names[0], device)
             for name in names:
                 weight = self.base.tensors[name].to_torch(device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.model.experts import expert_layers
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class LinearLayer:
 
 
 def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[LinearLayer]:
-    """The linear layers of `model` that feed a 2-D tensor of the base file.
+    """The linear layers of `model` that feed a tensor of the base file, all experts of a block as one.
 
-    `architecture`: `general.architecture` of the base file; `shapes`: its tensors' shapes, [rows, columns].
+    `architecture`: `general.architecture` of the base file; `shapes`: its tensors' shapes, [rows, columns] or [experts,
+    rows, columns].
     A module with no tensor of its name and shape is left out. Raises AthenaError if gguf does not know the
     architecture.
     """
@@ -42,6 +44,8 @@ def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list
     head = model.get_output_embeddings()
     for module_name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
+            experts = expert_layers(module_name, module, tensors)
+            found += [LinearLayer(f"{module_name}.{name}", name, layers) for name, layers in experts]
             continue
         tensor_name = name_of(module_name)
         if module is head and tensor_name is None:
