@@ -3,28 +3,21 @@
 llama-perplexity writes log-probabilities; torch runs the model with the weights that `GGUFFile` decodes.
 """
 
-import struct
-import subprocess
 from functools import partial
 
 import numpy as np
 import pytest
 import tiny_model as tiny
+from logits import ROUNDING, llama_cpp, log_probabilities, rms
 
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
-from athena_gguf.runtime import binary
 
-CONTEXT = 128
-WINDOWS = 3
 BLOCKS, HEADS, KV_HEADS = 2, 4, 2
 LINEAR = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
 LINEAR |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
 LINEAR |= {"ffn_down": "mlp.down_proj"}
-# Error of an input rounded to 8 bits, of its root mean square: the largest of 64 columns is 8 times that at most, steps
-# are 1/127 of the largest, and rounding is off by a step / sqrt(12).
-ROUNDING = 8 / 127 / 12**0.5
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +41,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("logits") / "text.txt"
     path.write_text(tiny.words(2000, seed=5))
     return path
-
-
-def llama_cpp(file, text, folder):
-    """Token ids [windows, context] and log-probabilities [windows, predicted, vocabulary] of llama-perplexity.
-
-    The log-probabilities are 16-bit numbers from the largest of a row down to 16 less at most, with a float32 step and
-    minimum before each row (`log_softmax` in llama.cpp's tools/perplexity).
-    """
-    out = folder / "logits"
-    command = [binary("llama-perplexity"), "-m", file, "-f", text, "-c", CONTEXT, "-b", CONTEXT, "-t", 2]
-    command += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--chunks", WINDOWS, "--kl-divergence-base", out]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
-    assert result.returncode == 0, result.stderr[-2000:]
-    data = out.read_bytes()
-    magic, context, vocabulary, windows = struct.unpack_from("<8s3i", data)
-    assert (magic, context, windows) == (b"_logits_", CONTEXT, WINDOWS)
-    tokens = np.frombuffer(data, np.int32, windows * context, 20).reshape(windows, context)
-    width, predicted = 2 * ((vocabulary + 1) // 2) + 4, context - 1 - context // 2
-    rows = np.frombuffer(data, np.uint16, offset=20 + tokens.nbytes).reshape(windows, predicted, width)
-    step, least = np.moveaxis(np.ascontiguousarray(rows[..., :4]).view(np.float32), -1, 0)
-    return tokens, least[..., None] + step[..., None] * rows[..., 4 : 4 + vocabulary]
 
 
 def torch_model(model_dir, file):
@@ -108,16 +80,6 @@ def round_input(module):
     module.register_forward_pre_hook(hook)
 
 
-def log_probabilities(model, tokens):
-    import torch
-
-    ids = torch.tensor(tokens, dtype=torch.long)
-    ids[:, 0] = model.config.bos_token_id  # as llama-perplexity does in every window
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[:, CONTEXT // 2 : -1]
-    return logits.double().log_softmax(-1).numpy()
-
-
 @pytest.fixture(scope="module", params=["A2", "A3", "A4"])
 def converted(request, model, base, text, tmp_path_factory):
     """The model at one type; embeddings too at A4."""
@@ -127,10 +89,6 @@ def converted(request, model, base, text, tmp_path_factory):
     settings = {"calibration": (str(text),), "calibration_tokens": 1024, "base": base, "device": "cpu"}
     convert(model, file, ConvertOptions(type=kind, embedding_type=embedding, **settings))
     return file
-
-
-def rms(x):
-    return np.sqrt(np.mean(np.square(x)))
 
 
 def test_whole_file(converted, model, text, tmp_path):

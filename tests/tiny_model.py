@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = "the sea sky a boat wave wind and rain is cold it was warm we go far they come near"
 
 
@@ -13,13 +14,14 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(chosen.choice(TEXT.split()) for _ in range(count))
 
 
-def make(folder: Path, family: str = "Llama", **config: object) -> Path:
-    """Write the model; `config` changes entries of its `family`'s configuration."""
+def make(folder: Path, family: str = "Llama", byte_level: bool = False, **config: object) -> Path:
+    """Write the model; `config` changes entries of its `family`'s configuration. `byte_level`: a tokenizer as GPT-2's,
+    which llama.cpp's converter takes only where it knows it."""
     import torch
     import transformers
 
     folder.mkdir(parents=True)
-    size = _make_tokenizer(folder)
+    size = _make_byte_level_tokenizer(folder) if byte_level else _make_tokenizer(folder)
     settings = {
         "vocab_size": size,
         "hidden_size": 128,
@@ -77,9 +79,25 @@ def _make_tokenizer(folder: Path) -> int:
             tokenizers.decoders.Strip(" ", 1, 0),
         ]
     )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.save(str(prefix) + ".json")
+    tokenizer.add_special_tokens(SPECIAL)
+    return _save(tokenizer, folder)
+
+
+def _make_byte_level_tokenizer(folder: Path) -> int:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([words(4000)], trainer)
+    return _save(tokenizer, folder)
+
+
+def _save(tokenizer, folder: Path) -> int:
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
     )
-    return pieces.vocab_size()
+    return tokenizer.get_vocab_size()

@@ -1,0 +1,41 @@
+"""Configurations of small models, one for every family that is converted in the tests."""
+
+from pathlib import Path
+
+import tiny_model
+
+EXPERTS = {"num_experts_per_tok": 2}
+FAMILIES = {
+    "Mistral": {},
+    "Qwen2": {},  # biases
+    "Qwen3": {"head_dim": 32, "tie_word_embeddings": False},
+    "Gemma2": {"head_dim": 32},  # gguf knows no output matrix of it: the embeddings serve
+    "Gemma3Text": {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3": {"pad_token_id": 0},  # q, k, v in one matrix, gate and up in another
+    "Olmo2": {"byte_level": True},
+    "SmolLM3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+    "Granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "Mixtral": {"num_local_experts": 4, **EXPERTS},
+    "Qwen2Moe": {
+        "byte_level": True,
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+        **EXPERTS,
+    },
+    "Olmoe": {"num_experts": 4, "byte_level": True, **EXPERTS},
+    "Qwen3Moe": {
+        "byte_level": True,
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+        **EXPERTS,
+    },
+    "GraniteMoe": {"num_local_experts": 4, **EXPERTS},  # gate and up in one tensor
+}
+
+
+def make(folder: Path, family: str) -> Path:
+    """Weights are large enough for logits and attention that are not all but flat."""
+    return tiny_model.make(folder, family, initializer_range=0.06, **FAMILIES[family])
