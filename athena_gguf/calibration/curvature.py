@@ -231,12 +231,17 @@ class Collector:
 
     def add(self, other: Collector) -> None:
         """What a collector of the same layers in a copy of the model has summed up on another device."""
-        for (mine, _), (theirs, _) in zip(self.inputs, other.inputs, strict=True):
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
             assert mine.names == theirs.names
             for total in ("sum_xx", "sum_u", "sum_uu", "sum_squares"):
                 ours = getattr(mine, total)
                 ours += getattr(theirs, total).to(ours.device)
             mine.tokens += theirs.tokens
+        for here, there in zip(self.experts, other.experts, strict=True):
+            here.tokens += there.tokens
+
+    def _sums(self) -> list[_Input]:
+        return [*(group for group, _ in self.inputs), *(part for group in self.experts for part in group.parts)]
 
     def finish(self) -> list[Curvature]:
         """Raises AthenaError naming the tensor if a curvature is not finite or there was no gradient."""
