@@ -12,8 +12,8 @@ from pathlib import Path
 from athena_gguf import __version__, progress
 from athena_gguf.calibration.curvature import Curvature, LayerInput, Lookup
 from athena_gguf.errors import AthenaError
+from athena_gguf.model.trust import MODEL_FILES
 
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
 METHOD = 5  # raised when the same inputs give another curvature
 
 Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
@@ -141,7 +141,7 @@ def fingerprint(model_dir: Path, files: Iterable[Path], *settings: object) -> st
 
 def model_fingerprint(model_dir: Path) -> str:
     """A digest of a model's files, by name, size and time of change; what else lies in its folder does not count."""
-    files = (p for p in sorted(model_dir.iterdir()) if p.suffix in _MODEL_FILES and p.is_file())
+    files = (p for p in sorted(model_dir.iterdir()) if p.suffix in MODEL_FILES and p.is_file())
     return _digest(__version__, _stats(files))
 
 

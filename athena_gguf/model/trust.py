@@ -12,7 +12,15 @@ from typing import Any
 
 from athena_gguf.errors import AthenaError
 
-_READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")  # by the converter or transformers
+MODEL_FILES = (
+    ".json",
+    ".safetensors",
+    ".bin",
+    ".model",
+    ".txt",
+    ".jinja",
+    ".tiktoken",
+)  # by the converter or transformers
 _LARGEST_JSON = {"config.json": 1 << 24, "generation_config.json": 1 << 24}
 _LARGEST_INDEX = 1 << 28
 _WEIGHTS_A_BYTE = 2  # at most, in any checkpoint: four bits a weight
@@ -48,7 +56,7 @@ def check_model_files(model_dir: Path) -> None:
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
-    for path in sorted(p for p in model_dir.iterdir() if p.suffix in _READ):
+    for path in sorted(p for p in model_dir.iterdir() if p.suffix in MODEL_FILES):
         if path.is_symlink():
             _check_link(path, allowed)
         if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
