@@ -35,11 +35,13 @@ def llama_cpp(file, text, folder):
     return tokens, least[..., None] + step[..., None] * rows[..., 4 : 4 + vocabulary]
 
 
-def log_probabilities(model, tokens):
+def log_probabilities(model, tokens, begins=True):
+    """`begins`: the vocabulary puts its BOS token at the start of every text."""
     import torch
 
     ids = torch.tensor(tokens, dtype=torch.long)
-    ids[:, 0] = model.config.bos_token_id  # as llama-perplexity does in every window
+    if begins:
+        ids[:, 0] = model.config.bos_token_id  # as llama-perplexity does in every window
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, CONTEXT // 2 : -1]
     return logits.double().log_softmax(-1).numpy()
