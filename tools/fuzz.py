@@ -264,8 +264,10 @@ def bound_memory(mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mib * 2**20, resource.RLIM_INFINITY))
 
 
-# `enum`: ggml reads numbers into variables of enum types before it checks them.
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=enum", "-g", "-O1"]
+# `enum`: ggml reads numbers into variables of enum types before it checks them. `function`: it calls functions through
+# pointers of other types.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=enum,function"]
+SANITIZE += ["-g", "-O1"]
 
 
 def build(target: str, folder: Path) -> Path:
