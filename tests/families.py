@@ -9,21 +9,9 @@ FAMILIES = {
     "Mistral": {},
     "Qwen2": {},  # biases
     "Qwen3": {"head_dim": 32, "tie_word_embeddings": False},
-    "Gemma2": {"head_dim": 32},  # gguf knows no output matrix of it: the embeddings serve
-    "Gemma3Text": {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
-    "Phi3": {"pad_token_id": 0},  # q, k, v in one matrix, gate and up in another
     "Olmo2": {"byte_level": True, "tie_word_embeddings": False},
-    "SmolLM3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
     "Granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "Mixtral": {"num_local_experts": 4, **EXPERTS},
-    "Qwen2Moe": {
-        "byte_level": True,
-        "num_experts": 4,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 128,
-        **EXPERTS,
-    },
-    "Olmoe": {"num_experts": 4, "byte_level": True, "tie_word_embeddings": False, **EXPERTS},
     "Qwen3Moe": {
         "byte_level": True,
         "num_experts": 8,
