@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
-METHOD = 4  # raised when the same inputs give other losses
+METHOD = 5  # raised when the same inputs give other losses
 STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can make
 ROWS = 32  # encoded with each A type, at most
 SHARE = 24  # and at most one in so many

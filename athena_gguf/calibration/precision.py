@@ -10,20 +10,16 @@ from contextlib import contextmanager
 def measuring() -> Iterator[None]:
     """Products of bfloat16 numbers (TF32 on a GPU) with sums in float32, where the processor has them: twice as fast,
     and accurate enough for a sum over many tokens. Not for encoding, nor for single tokens, whose products take
-    gigabytes then. All processors take part, and sums do not depend on which thread or block comes first."""
+    gigabytes then. All processors take part."""
     import torch
 
     from athena_gguf.memory import cores
 
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    ordered = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_float32_matmul_precision("medium")
     torch.set_num_threads(max(threads, cores()))
-    if torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(ordered[0], warn_only=ordered[1])
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from athena_gguf.encode.matrix import Encoded
 from athena_gguf.format import TYPES
 
-METHOD = 2  # raised when the same inputs are encoded otherwise
+METHOD = 3  # raised when the same inputs are encoded otherwise
 
 
 class FinishedTensors(Mapping[str, Encoded]):
