@@ -62,6 +62,12 @@ def thread_of(kind: AType, state: int) -> tuple[int, int]:
     return low >> 4 << 3 | low & 7, state >> 3 & 1
 
 
+def _sources(kind: AType) -> np.ndarray:
+    """[states, fan]: threads of a state's predecessors."""
+    thread = np.array([thread_of(kind, n)[0] for n in range(kind.states)], np.int32)
+    return thread[trellis(kind).previous]
+
+
 class _Writer:
     """Lines of source under a running indent."""
 
@@ -134,20 +140,31 @@ part{r} = item{r} % lanes
 first{r} = part{r} * steps
 part{r} += lane""")
         for s in range(self.slots):
-            w(f"state{s} = STATE[{s}, at]")
-            w(f"second{s} = SECOND[{s}, at]")
+            self.look_up(f"state{s}", f"STATE[{s}, at]")
+            self.look_up(f"second{s}", f"SECOND[{s}, at]")
         w("turned = at >> 1 & 1" if self.slots == 2 else "turned = 0")
         for q in range(self.slots):
             w(f"new{q} = STATE[turned ^ {q}, at]")
-            w(f"level{q} = FIRST[turned ^ {q}, at]")
+            self.look_up(f"level{q}", f"FIRST[turned ^ {q}, at]")
+            apart = _sources(self.kind) - _sources(self.kind)[:, :1]
             for f in range(self.fan):
-                w(f"source{q}_{f} = SOURCE[new{q}, {f}]")
+                if f and (apart[:, f] == apart[0, f]).all():  # as far from the first for every state
+                    w(f"source{q}_{f} = source{q}_0 + int32({apart[0, f]})")
+                else:
+                    self.look_up(f"source{q}_{f}", f"SOURCE[new{q}, {f}]")
         for r, s in self.pairs:
             w(f"paid{r}_{s} = float32(0) if state{s} == 0 else float32(1e30)")
             for k in range(shape.horizon):
                 w(f"h{r}_{s}_{k} = float32(0)")
         for i in range(self.words):
             w(f"kept{i} = int32(0)")
+
+    def look_up(self, name: str, entry: str) -> None:
+        """A thread's own entry of a table, once. Without the shuffle the compiler may read it again in every step, a
+        turn for every thread, since constant memory gives one address at a time."""
+        self.out(f"{name} = {entry}")
+        if self.shape.exchange != "shared":
+            self.out(f"{name} = cuda.shfl_sync({_MASK}, {name}, me)")
 
     def sync(self) -> None:
         self.out("cuda.syncthreads()" if self.shape.exchange == "shared" else "cuda.syncwarp()")
@@ -400,7 +417,7 @@ def search_kernel(kind: AType, shape: SearchShape) -> Any:
         "STATE": state,
         "FIRST": level1.astype(np.float32)[state],
         "SECOND": level2.astype(np.float32)[state],
-        "SOURCE": places[graph.previous, 0],
+        "SOURCE": _sources(kind),
         "THREAD": places[:, 0].copy(),
         "SLOT": places[:, 1].copy(),
         "PREVIOUS": graph.previous.astype(np.int32),
