@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 Form = Literal["text", "quiet", "json"]
@@ -86,6 +86,20 @@ def bar(name: str, total: float) -> Iterator[Advance]:
         note(f"{name} ...")
         yield _reports(total, start, _LINE_SECONDS, lambda done, s, left: _line(name, done / total, s, left))
     _end(name, start)
+
+
+@contextmanager
+def late_bar(name: str, total: float) -> Iterator[Advance]:
+    """As `bar`, but the step begins with the first call of what this yields."""
+    with ExitStack() as stack:
+        begun: list[Advance] = []
+
+        def advance(units: float) -> None:
+            if not begun:
+                begun.append(stack.enter_context(bar(name, total)))
+            begun[0](units)
+
+        yield advance
 
 
 @contextmanager

@@ -114,20 +114,21 @@ class Stage:
 
         models = self._blocks()
         try:
+            found: list[Curvature] = []
             with progress.bar("curvature of the loss", windows.numel()) as advance:
                 if models is None:
                     with timed("curvature"):
                         found = self._whole(windows, lookup, advance)
-                    while found:
-                        yield found.pop(0)
                 else:
                     measured = self._blockwise(models, windows, finished, lookup, advance, pause)
                     while True:
                         with timed("curvature"):
                             curvature = next(measured, None)
                         if curvature is None:
-                            return
+                            break
                         yield curvature
+            while found:
+                yield found.pop(0)
         except torch.OutOfMemoryError as error:
             raise AthenaError(
                 f"{self.model_dir}: the GPU's memory is too small to measure the curvature: {error}; close what else "

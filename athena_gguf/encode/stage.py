@@ -52,17 +52,19 @@ def encode_tensors(
     on_gpu = devices[0].type == "cuda"
     with (
         GGUFFile(base_path) as base,
-        progress.bar("encoding", sum(map(plan.elements, plan.encoded))) as advance,
+        progress.late_bar("encoding", sum(map(plan.elements, plan.encoded))) as advance,
         _Writer(plan, base, done, advance) as writer,
         (_GpuQueue if on_gpu else _CpuQueue)(plan, base, settings, devices, writer) as queue,
     ):
-        advance(sum(plan.elements(name) for name in found if name in plan.encoded))
+        if found:
+            advance(sum(plan.elements(name) for name in found if name in plan.encoded))
         standard = [name for name in plan.standard if name not in found]
         if on_gpu:
             writer.quantize(standard)
         for name in plan.encoded:
             if name not in plan.curved and name not in found:  # embeddings that only look up rows
                 with timed("encoding"):
+                    advance(0)
                     queue.add(None, [name])
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
@@ -72,6 +74,7 @@ def encode_tensors(
             names = [name for name in curvature.about.tensor_names if name in needed]
             if names:
                 with timed("encoding"):
+                    advance(0)
                     queue.add(curvature.matrix, names)
             del curvature
         with timed("encoding"):
