@@ -77,24 +77,14 @@ def encode_tensors(
                     advance(0)
                     queue.add(curvature.matrix, names)
             del curvature
+        absent = sorted(calibration.absent & plan.encoded.keys())
+        for name in absent:
+            plan.keep_standard(name, NOT_FED)
         with timed("encoding"):
             queue.drain()
-            if not on_gpu:
-                writer.quantize(standard)
+            writer.quantize(absent if on_gpu else [*standard, *absent])
             writer.drain()
-    for name in sorted(calibration.absent & plan.encoded.keys()):
-        plan.keep_standard(name, NOT_FED)
-        done.put(name, plan.standard[name], _standard(base_path, name, plan.standard[name]))
     return done
-
-
-def _standard(base_path: Path, name: str, kind: str) -> Encoded:
-    from athena_gguf.encode import Encoded
-    from athena_gguf.gguf_file import GGUFFile
-    from athena_gguf.gguf_file.standard import quantize_tensor
-
-    with GGUFFile(base_path) as base:
-        return Encoded(quantize_tensor(base.tensors[name], kind), 0.0, 0.0)
 
 
 class _Writer:
@@ -123,9 +113,12 @@ class _Writer:
     def quantize(self, names: Sequence[str]) -> None:
         """Start with tensors of `plan.standard`."""
 
+        from athena_gguf.encode import Encoded
+        from athena_gguf.gguf_file.standard import quantize_tensor
+
         def make(name: str) -> None:
             kind = self.plan.standard[name]
-            self.done.put(name, kind, _standard(self.base.path, name, kind))
+            self.done.put(name, kind, Encoded(quantize_tensor(self.base.tensors[name], kind), 0.0, 0.0))
 
         self.made += [self.makers.submit(make, name) for name in names]
 
