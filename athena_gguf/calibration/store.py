@@ -12,6 +12,7 @@ from pathlib import Path
 from athena_gguf import __version__, progress
 from athena_gguf.calibration.curvature import Curvature, LayerInput, Lookup
 from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file.atomic import remove_all_abandoned
 from athena_gguf.model.trust import MODEL_FILES
 
 METHOD = 5  # raised when the same inputs give another curvature
@@ -35,6 +36,7 @@ class Calibration:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / "key.json", {"key": key})
+        remove_all_abandoned(folder)
 
     def stream(self, finished: Collection[str] = (), pause: Callable[[], None] = lambda: None) -> Iterator[Curvature]:
         """Every curvature but those whose tensors are all `finished`: those that are kept, then the others as they are

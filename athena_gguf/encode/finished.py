@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from athena_gguf.encode.matrix import Encoded
 from athena_gguf.format import TYPES
+from athena_gguf.gguf_file.atomic import remove_all_abandoned, require_space, temporary_beside
 
 METHOD = 3  # raised when the same inputs are encoded otherwise
 
@@ -25,6 +26,7 @@ class FinishedTensors(Mapping[str, Encoded]):
         self.paths: dict[str, Path] = {}
         self.losses: dict[str, float] = {}  # of A types, as shares of the power
         folder.mkdir(parents=True, exist_ok=True)
+        remove_all_abandoned(folder)
 
     def find(self, name: str, kind: str) -> bool:
         """Whether the tensor was finished in this type before, by this process or another."""
@@ -38,8 +40,6 @@ class FinishedTensors(Mapping[str, Encoded]):
     def put(self, name: str, kind: str, encoded: Encoded) -> None:
         """Raises AthenaError if it cannot be written."""
         from safetensors.numpy import save_file
-
-        from athena_gguf.gguf_file.atomic import require_space, temporary_beside
 
         path = self.folder / f"{name}.{kind}.safetensors"
         about = {"key": self.key, "loss": encoded.loss, "power": encoded.power, "crc32": zlib.crc32(encoded.data.data)}
@@ -69,6 +69,7 @@ class FinishedTensors(Mapping[str, Encoded]):
         """The files, once they are part of the result."""
         for path in self.paths.values():
             path.unlink(missing_ok=True)
+        remove_all_abandoned(self.folder)  # again: a killed process may have gone only just now
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         return self[name].data

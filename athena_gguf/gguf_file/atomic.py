@@ -49,12 +49,21 @@ def _hold(path: Path) -> int | None:
 
 def remove_abandoned(target: Path) -> None:
     """Remove what processes that are no more have left beside `target` while they made it."""
+    _remove_abandoned(target.parent, glob.escape(_prefix(target)))
+
+
+def remove_all_abandoned(folder: Path) -> None:
+    """The same for every name in `folder`."""
+    _remove_abandoned(folder, ".")
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
     try:
         import fcntl
     except ImportError:
         return
     for ending in (_FILE, _FOLDER):
-        for path in target.parent.glob(glob.escape(_prefix(target)) + "*" + ending):
+        for path in folder.glob(prefix + "*" + ending):
             try:
                 handle = os.open(path, os.O_RDONLY)
             except OSError:
