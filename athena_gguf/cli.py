@@ -121,13 +121,20 @@ def runtime_build(
     ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at once. [default: cores]")] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Also build llama.cpp's tests of the tensor types.")] = False,
+    web_page: Annotated[
+        bool,
+        typer.Option(
+            "--web-page",
+            help="Also build llama-server's web page; needs npm, which fetches some 1,000 packages from its registry.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
 ) -> None:
     """Fetch, patch and build llama.cpp; does nothing when nothing changed."""
     from athena_gguf.runtime import build
 
-    print(build(folder, checkout=checkout, source=archive, jobs=jobs, tests=tests))
+    print(build(folder, checkout=checkout, source=archive, jobs=jobs, tests=tests, web_page=web_page))
 
 
 @runtime_app.command("path")

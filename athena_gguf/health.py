@@ -170,7 +170,7 @@ def _room(what: str, free: int, wanted: int, where: str, remedy: str) -> Finding
 
 def _runtime(folder: Path, given: Path | None) -> list[Finding]:
     from athena_gguf.errors import AthenaError
-    from athena_gguf.runtime.make import build_state
+    from athena_gguf.runtime.make import build_state, has_web_page
 
     build = "athena-gguf runtime build" + (f" --dir {given}" if given else "")
     state = build_state(folder)
@@ -185,4 +185,7 @@ def _runtime(folder: Path, given: Path | None) -> list[Finding]:
         return [Finding("runtime", "missing", str(error), build)]
     if done.returncode:
         return [Finding("runtime", "missing", f"{command[0]} ends with exit code {done.returncode}", build)]
-    return [Finding("runtime", "ok", f"{folder}, built from the patch of this version")]
+    found = Finding("runtime", "ok", f"{folder}, built from the patch of this version")
+    if has_web_page(folder):
+        return [found, Finding("web page", "ok", "llama-server has it")]
+    return [found, Finding("web page", "note", "llama-server is built without", f"{build} --web-page")]

@@ -216,6 +216,67 @@ def test_build_once(tmp_path, checkout, patches):
     assert subprocess.run([str(tool)], capture_output=True, text=True, check=True).stdout == "changed\n"
 
 
+NPM = """#!/bin/sh
+[ "$1" = ci ] && mkdir node_modules && exit
+[ -n "$FAILS" ] && { echo "npm error code E404" >&2; exit 1; }
+echo "<html></html>" > "$PAGE_FOLDER/index.html"
+"""
+PAGE = """
+add_custom_target(llama-ui-assets COMMAND
+    ${CMAKE_COMMAND} -DBUILD_UI=${LLAMA_BUILD_UI} -DDIST=${CMAKE_BINARY_DIR}/tools/ui -P ${CMAKE_SOURCE_DIR}/page.cmake)
+"""
+# As llama.cpp's script: what npm says is passed on, and its failure ends nothing.
+PAGE_SCRIPT = """
+if(BUILD_UI)
+    file(MAKE_DIRECTORY ${DIST}/dist ${DIST}/ui-src)
+    foreach(step ci build)
+        execute_process(COMMAND ${CMAKE_COMMAND} -E env PAGE_FOLDER=${DIST}/dist npm ${step}
+            WORKING_DIRECTORY ${DIST}/ui-src RESULT_VARIABLE failed ERROR_VARIABLE said)
+        if(failed)
+            message(STATUS "UI: npm ${step} failed (${failed})")
+            message(STATUS "  stderr: ${said}")
+            return()
+        endif()
+    endforeach()
+endif()
+"""
+
+
+def test_web_page(tmp_path, checkout, patches, monkeypatch):
+    """Only where it is asked for; then it stays, and what npm needed does not."""
+    folder, tools = tmp_path / "runtime", tmp_path / "tools"
+    tools.mkdir()
+    with open(checkout / "CMakeLists.txt", "a") as out:
+        out.write(PAGE)
+    (checkout / "page.cmake").write_text(PAGE_SCRIPT)
+    with monkeypatch.context() as patched:
+        patched.setattr(make.shutil, "which", lambda name: None if name == "npm" else f"/usr/bin/{name}")
+        with pytest.raises(AthenaError, match=r"needs npm .*Node\.js"):
+            make.build(folder, checkout=checkout, web_page=True)
+    make.build(folder, checkout=checkout)
+    assert not make.has_web_page(folder)
+    (tools / "npm").write_text(NPM)
+    (tools / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    monkeypatch.setenv("FAILS", "1")
+    with pytest.raises(AthenaError, match=r"web page could not be built: .*npm error code E404.*build\.log"):
+        make.build(folder, checkout=checkout, web_page=True)
+    assert make.build_state(folder) == "current" and not make.has_web_page(folder)
+    monkeypatch.delenv("FAILS")
+    make.build(folder, checkout=checkout, web_page=True)
+    page = folder / "build" / "tools" / "ui" / "dist" / "index.html"
+    assert make.has_web_page(folder) and not (page.parent.parent / "ui-src").exists()
+    log = folder / "build.log"
+    log.write_text("untouched")
+    make.build(folder, checkout=checkout, web_page=True)
+    make.build(folder, checkout=checkout)
+    assert log.read_text() == "untouched"
+    page.write_text("older")
+    (patches / "src" / "ours.h").write_text('#define TEXT "changed"\n')
+    make.build(folder, checkout=checkout)
+    assert page.read_text() == "<html></html>\n"
+
+
 def test_compiler_error_is_shown(tmp_path, checkout, patches):
     (patches / "src" / "ours.h").write_text("#error broken on purpose\n")
     with pytest.raises(AthenaError, match=r"could not build.*broken on purpose.*build\.log"):

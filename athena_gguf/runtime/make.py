@@ -27,10 +27,11 @@ TOOLS = (
     "ggml-rpc-server",
 )
 TESTS = ("test-quantize-fns", "test-backend-ops")
+PAGE = "llama-ui-assets"  # the target that makes llama-server's web page, which is then built into llama-server
 
-# No download while building (the server's web page and OpenSSL, which it needs only to fetch models), no part that
-# none of the tools uses, and a version that does not depend on a git repository around the build folder. RPC spreads a
-# model over several machines; an unpatched server cannot take part.
+# No download while building (OpenSSL, which is needed only to fetch models, and the web page, unless it is asked for),
+# no part that none of the tools uses, and a version that does not depend on a git repository around the build folder.
+# RPC spreads a model over several machines; an unpatched server cannot take part.
 OPTIONS = (
     "CMAKE_BUILD_TYPE=Release",
     "GGML_NATIVE=ON",
@@ -52,26 +53,40 @@ def build(
     source: Path | None = None,
     jobs: int | None = None,
     tests: bool = False,
+    web_page: bool = False,
 ) -> Path:
     """Fetch, patch and build llama.cpp in `folder` (`default_dir()` if None); the folder of the binaries.
 
     `checkout`, `source`: as in `source_tree`. `jobs`: parallel compilers, all cores if None. `tests`: also llama.cpp's
-    own tests of the tensor types. Raises AthenaError naming what is missing, or the compiler's first error.
+    own tests of the tensor types. `web_page`: also the page of llama-server, through npm; once made it is kept and made
+    again where its source changes. Raises AthenaError naming what is missing, or the compiler's first error.
     """
     folder = resolve(folder)
     with locked(folder, "--dir"):
-        cmake = _require_tools()
+        cmake = _require_tools(web_page and not has_web_page(folder))
         tree, fingerprint = make_tree(folder, checkout, source)
         stamp = folder / "build.json"
-        targets = [*TOOLS, *(TESTS if tests else ())]
+        targets = [*TOOLS, *(TESTS if tests else ()), *([PAGE] if web_page or has_web_page(folder) else [])]
         key = _key(fingerprint)
         done = _done(stamp, key)
         if set(targets) <= done and all(_exists(name, folder) for name in targets):
             return binary_dir(folder)
         stamp.unlink(missing_ok=True)
         _compile(cmake, folder, tree, targets, jobs, tests or any(name in done for name in TESTS))
-        stamp.write_text(json.dumps({"key": key, "targets": sorted({*targets, *done})}))
+        built = {*targets, *done} - ({PAGE} if not has_web_page(folder) else set())
+        stamp.write_text(json.dumps({"key": key, "targets": sorted(built)}))
+        if PAGE in targets and PAGE not in built:
+            log = folder / "build.log"
+            raise AthenaError(
+                f"llama-server's web page could not be built: {_npm_error(log)} (all of it: {log}); it needs Node.js "
+                "20.19 or newer and npm's registry. Everything else is built"
+            )
         return binary_dir(folder)
+
+
+def has_web_page(folder: Path) -> bool:
+    """Whether the llama-server in the runtime folder has its web page."""
+    return (folder / "build" / "tools" / "ui" / "dist" / "index.html").is_file()
 
 
 def build_state(folder: Path) -> Literal["current", "old", "absent"]:
@@ -88,7 +103,7 @@ def _key(fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _require_tools() -> str:
+def _require_tools(npm: bool) -> str:
     cmake = shutil.which("cmake")
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)
     missing = [] if cmake else ["CMake (package cmake)"]
@@ -96,6 +111,8 @@ def _require_tools() -> str:
         missing.append("a C++17 compiler (package g++ or clang; on macOS: xcode-select --install)")
     if not (shutil.which("ninja") or shutil.which("make") or shutil.which("cl")):
         missing.append("Ninja or make (package ninja-build or make)")
+    if npm and not shutil.which("npm"):
+        missing.append("npm (with Node.js 20.19 or newer, for the web page)")
     if missing or not cmake:
         raise AthenaError("building llama.cpp needs " + ", ".join(missing) + "; install what is missing and try again")
     return cmake
@@ -105,6 +122,7 @@ def _compile(cmake: str, folder: Path, tree: Path, targets: list[str], jobs: int
     where = folder / "build"
     configure = [cmake, "-S", str(tree), "-B", str(where), *(f"-D{option}" for option in OPTIONS)]
     configure.append(f"-DLLAMA_BUILD_TESTS={'ON' if tests else 'OFF'}")
+    configure += ["-DLLAMA_BUILD_UI=ON"] if PAGE in targets else []
     if shutil.which("ninja") and not (where / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja"]
     environment = dict(os.environ)
@@ -119,6 +137,8 @@ def _compile(cmake: str, folder: Path, tree: Path, targets: list[str], jobs: int
     with progress.bar("Building llama.cpp", 1.0) as advance:
         if _run_build([*make, "--target", *targets], environment, log, advance):
             raise AthenaError(f"CMake could not build llama.cpp: {_first_error(log)} (all of it: {log})")
+    # npm's packages, 700 MB; they are fetched again where the page's source changes
+    shutil.rmtree(where / "tools" / "ui" / "ui-src", ignore_errors=True)
 
 
 def _run_build(command: list[str], environment: dict[str, str], log: Path, advance: progress.Advance) -> int:
@@ -149,6 +169,14 @@ def _first_error(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
+def _npm_error(log: Path) -> str:
+    """The step that failed, and npm's first error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    failed = [line.removeprefix("-- ") for line in lines if re.search(r"UI: npm .*(failed|not found|missing)", line)]
+    errors = [line for line in lines if re.match(r"(--\s+stderr:\s*)?npm (error|ERR!)", line)]
+    return "; ".join([*failed[:1], *errors[:1]]) or "npm made no page"
+
+
 def _machine() -> str:
     """What a native build depends on: another CPU behind the same home directory needs its own."""
     flags = ""
@@ -170,4 +198,6 @@ def _done(stamp: Path, key: str) -> set[str]:
 
 
 def _exists(name: str, folder: Path) -> bool:
+    if name == PAGE:
+        return has_web_page(folder)
     return any((binary_dir(folder) / (name + end)).is_file() for end in ("", ".exe"))
