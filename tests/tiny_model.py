@@ -14,9 +14,10 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(chosen.choice(TEXT.split()) for _ in range(count))
 
 
-def make(folder: Path, family: str = "Llama", byte_level: bool = False, **config: object) -> Path:
+def make(folder: Path, family: str = "Llama", byte_level: bool = False, vectors: float = 0.0, **config: object) -> Path:
     """Write the model; `config` changes entries of its `family`'s configuration. `byte_level`: a tokenizer as GPT-2's,
-    which llama.cpp's converter takes only where it knows it."""
+    which llama.cpp's converter takes only where it knows it. `vectors`: standard deviation of what biases and norms
+    differ by from 0 and 1."""
     import torch
     import transformers
 
@@ -37,6 +38,9 @@ def make(folder: Path, family: str = "Llama", byte_level: bool = False, **config
     torch.manual_seed(0)
     configuration = getattr(transformers, f"{family}Config")(**(settings | config))
     model = transformers.AutoModelForCausalLM.from_config(configuration)
+    for parameter in model.parameters():
+        if vectors and parameter.ndim == 1:
+            parameter.data += vectors * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
