@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -110,6 +111,13 @@ def make_plan(base_path: Path, type_name: str | None, embedding_type: str | None
 def lookup_only(name: str, matrices: Container[str]) -> bool:
     """Whether a tensor's rows are only looked up, and never multiplied with an input."""
     return (name == "token_embd.weight" and "output.weight" in matrices) or name == "per_layer_token_embd.weight"
+
+
+def block_of(name: str) -> tuple[int, str] | None:
+    """The number of the block that a tensor belongs to, and what it is there (`attn_q` of `blk.3.attn_q.weight`); None
+    if it belongs to none."""
+    match = re.fullmatch(r"blk\.(\d+)\.(.+?)(?:\.weight)?", name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def weight_count(model_dir: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from athena_gguf import progress
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, result_bytes, tensor_bytes
-from athena_gguf.plan import EMBEDDINGS, file_type
+from athena_gguf.plan import EMBEDDINGS, block_of, file_type
 from athena_gguf.report.inspection import bits_per_weight
 
 if TYPE_CHECKING:
@@ -119,12 +118,12 @@ def _input_name(about: LayerInput) -> str:
 
 def _grid(title: str, cells: Mapping[str, str], say: Callable[[str], None] = progress.note) -> None:
     """`blk.N.name` cells as a table of N by name; the rest, a line each."""
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[int, dict[str, str]] = {}
     single = {}
     for name, text in cells.items():
-        match = re.fullmatch(r"blk\.(\d+)\.(.+?)(\.weight)?", name)
-        if match:
-            rows.setdefault(match[1], {})[match[2]] = text
+        found = block_of(name)
+        if found:
+            rows.setdefault(found[0], {})[found[1]] = text
         else:
             single[name] = text
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
@@ -132,7 +131,7 @@ def _grid(title: str, cells: Mapping[str, str], say: Callable[[str], None] = pro
     if rows:
         width = [max(len(c), 8) for c in columns]
         say("  block " + " ".join(c.rjust(w) for c, w in zip(columns, width, strict=True)))
-        for number in sorted(rows, key=int):
+        for number in sorted(rows):
             row = rows[number]
             say(f"  {number:>5} " + " ".join(row.get(c, "-").rjust(w) for c, w in zip(columns, width, strict=True)))
     for name, text in single.items():

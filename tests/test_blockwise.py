@@ -13,12 +13,20 @@ from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.conversion import convert
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
+from athena_gguf.model.experts import ExpertLayers
 
 CPU = torch.device("cpu")
 
 
 def linear(model):
-    return [LinearLayer(n, n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    found = [LinearLayer(n, n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):  # experts
+            half = module.gate_up_proj.shape[1] // 2
+            gate, up = (ExpertLayers(module, "gate_up_proj", rows) for rows in (slice(half), slice(half, None)))
+            parts = {"gate": gate, "up": up, "down": ExpertLayers(module, "down_proj", slice(None))}
+            found += [LinearLayer(name, f"{name}.{part}", layers) for part, layers in parts.items()]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,8 @@ def linear(model):
         (1, "Gemma3Text", {"head_dim": 32, "sliding_window": 8}),  # layers with masks and positions of their own
         (3, "Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),  # work around the blocks
         (1, "Phi3", {"pad_token_id": 0}),
+        (2, "Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),  # each expert in tensors of its own
+        (1, "GraniteMoe", {"num_local_experts": 3, "num_experts_per_tok": 2}),  # tensors of other names
     ],
 )
 def test_curvature_is_that_of_the_whole_model(devices, family, config, tmp_path, monkeypatch):

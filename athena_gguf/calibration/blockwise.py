@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.calibration.curvature import (
@@ -56,7 +55,7 @@ def measure_blockwise(
     by_block: dict[int, list[LinearLayer]] = {}
     for layer in layers:
         if layer.tensor_name not in finished:
-            by_block.setdefault(inner.get(id(layer.module), _NO_BLOCK), []).append(layer)
+            by_block.setdefault(inner.get(id(layer.torch_module), _NO_BLOCK), []).append(layer)
     parts = [
         _Part(*of, by_block, batch_windows, labels, seed)
         for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
@@ -108,8 +107,7 @@ class _Part:
         seed: int,
     ) -> None:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
-        module = blocks.model.get_submodule
-        self.layers = {n: [replace(x, module=module(x.module_name)) for x in of] for n, of in layers.items()}
+        self.layers = {n: [layer.of(blocks.model) for layer in of] for n, of in layers.items()}
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
         self.probe = self.batches[0][:1, :8]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from athena_gguf.calibration import store
 from athena_gguf.calibration.curvature import Curvature, Lookup
 from athena_gguf.errors import AthenaError
 from athena_gguf.memory import cores, host_bytes
+from athena_gguf.plan import block_of
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +163,7 @@ class Stage:
             return None
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
-        room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(self._widest(), 1)
+        room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(1)
         models = [open_blocks(self.model_dir, device, dtype, max(0, room)) for device in self.devices]
         return [model for model in models if model is not None] or None
 
@@ -176,19 +179,11 @@ class Stage:
         from athena_gguf.calibration.blockwise import largest_batch, measure_blockwise
         from athena_gguf.calibration.shelf import Shelf
 
-        def columns(layer: LinearLayer, which: list[int]) -> torch.Tensor:
-            name = f"{layer.module_name}.weight"
-            if name in models[0].checkpoint:
-                return models[0].checkpoint.columns(name, which)
-            return layer.module.weight[..., which]  # tied, and so never dropped
-
-        layers = self._layers(models[0].model, columns)
-        widest = self._widest()
+        layers = self._layers(models[0].model, models[0].columns)
         on_cpu = self.device.type == "cpu"
         memory = self.memory.host if on_cpu else self.memory.device
-        per_window = self.window * widest * _ACTIVATIONS
-        batch = 2 if on_cpu else largest_batch(windows, memory // 4, per_window)
-        room = max(0, memory - self._working_bytes(widest, batch) - models[0].resident_bytes)
+        batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
+        room = max(0, memory - self._working_bytes(batch) - models[0].resident_bytes)
         host = 0 if on_cpu else self.memory.host // len(models)
         shelves = [Shelf(model.device, room, host, self.work / f"shelf{n}") for n, model in enumerate(models)]
         try:
@@ -199,40 +194,70 @@ class Stage:
             for shelf in shelves:
                 shelf.close()
 
+    @cached_property
     def _widest(self) -> int:
+        """Columns of the widest layer input."""
         return max(self.plan.shapes[name][-1] for name in self.plan.curved)
+
+    @cached_property
+    def _width(self) -> int:
+        """Numbers that a token has in the widest place of a block: inside the experts it has those of every one that it
+        is sent to."""
+        from athena_gguf.gguf_file import GGUFFile
+
+        with GGUFFile(self.base_path) as base:
+            used = base.metadata.get(f"{self.plan.architecture}.expert_used_count")
+        inner = [self.plan.shapes[name][-1] for name in self.plan.curved if name.endswith("ffn_down_exps.weight")]
+        return max(self._widest, max(inner, default=0) * (used if isinstance(used, int) else 1))
+
+    def _activation_bytes(self, batch: int) -> int:
+        """Of the backward pass of a block, for `batch` windows."""
+        return batch * self.window * self._width * _ACTIVATIONS
 
     def _whole_bytes(self) -> int:
         """Of the model in float32, its curvatures and the activations of two windows, about."""
         plan = self.plan
         weights = sum(4 * plan.elements(name) for name in plan.shapes)
         curvatures = sum(4 * math.prod(plan.shapes[name][:-2]) * plan.shapes[name][-1] ** 2 for name in plan.curved)
-        blocks = len({name.split(".")[1] for name in plan.curved if name.startswith("blk.")})
-        return weights + curvatures + 2 * self.window * self._widest() * _ACTIVATIONS * max(1, blocks) + _MARGIN
+        blocks = len({found[0] for name in plan.curved if (found := block_of(name))})
+        return weights + curvatures + self._activation_bytes(2) * max(1, blocks) + _MARGIN
 
     @property
     def overlap(self) -> bool:
         """Whether a GPU has memory enough to encode a block's weights while it works on the next block."""
-        return self.memory.device >= 2 * (self._backward_bytes(self._widest(), 16) + self._encoding_bytes())
+        return self.memory.device >= 2 * (self._backward_bytes(16) + self._encoding_bytes())
 
-    def _backward_bytes(self, widest: int, batch: int) -> int:
+    def _backward_bytes(self, batch: int) -> int:
         """Of a block's backward pass with curvatures."""
-        return 8 * widest**2 + batch * self.window * widest * _ACTIVATIONS
+        return 8 * self._widest**2 + self._expert_bytes()[0] + self._activation_bytes(batch)
 
     def _encoding_bytes(self) -> int:
-        """Of the widest weight's: the matrices of its metric and one in float64, and pieces of rows."""
-        return 34 * self._widest() ** 2 + _PIECES
+        """Of the widest weight's: the matrices of its metric and one in float64, and pieces of rows; of experts all
+        weights and curvatures."""
+        return 34 * self._widest**2 + _PIECES + sum(self._expert_bytes())
 
-    def _working_bytes(self, widest: int, batch: int) -> int:
-        """Of a block at work: its weights twice over while they are loaded, its backward pass and encoding."""
+    def _expert_bytes(self) -> tuple[int, int]:
+        """Of the curvatures of a block's experts, and of the weights in float32 that read one of their inputs."""
         plan = self.plan
-        by_block: dict[str, int] = {}
-        for name in plan.shapes:
-            block = name.split(".")[1] if name.startswith("blk.") else ""
-            if block:
-                by_block[block] = by_block.get(block, 0) + 2 * plan.elements(name)
-        both = self._backward_bytes(widest, batch), self._encoding_bytes()
-        return max(by_block.values(), default=0) + (sum(both) if self.overlap else max(both)) + _MARGIN
+        inputs: dict[tuple[int, tuple[int, int]], list[str]] = {}
+        for name in plan.curved:
+            found, shape = block_of(name), plan.shapes[name]
+            if found and len(shape) > 2:
+                inputs.setdefault((found[0], (shape[0], shape[-1])), []).append(name)
+        matrices: Counter[int] = Counter()
+        for block, (experts, columns) in inputs:
+            matrices[block] += 4 * experts * columns**2
+        weights = (4 * sum(map(plan.elements, names)) for names in inputs.values())
+        return max(matrices.values(), default=0), max(weights, default=0)
+
+    def _working_bytes(self, batch: int) -> int:
+        """Of a block at work: its weights, its backward pass and encoding."""
+        weights: Counter[int] = Counter()
+        for name in self.plan.shapes:
+            if found := block_of(name):
+                weights[found[0]] += 2 * self.plan.elements(name)
+        both = self._backward_bytes(batch), self._encoding_bytes()
+        return max(weights.values(), default=0) + (sum(both) if self.overlap else max(both)) + _MARGIN
 
     def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
         from athena_gguf.model import linear_layers

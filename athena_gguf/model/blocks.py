@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.model.checkpoint import Checkpoint
+from athena_gguf.model.linear import LinearLayer
 from athena_gguf.model.load import check_model_dir, quiet_transformers
+from athena_gguf.model.pieces import Piece, parameter_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +26,18 @@ class _Stop(Exception):
 
 class BlockModel:
     """`model`: the transformers model; the weights of `blocks`, its decoder blocks in order, are on the meta device
-    unless loaded, all others on `device`. `resident`: bytes of blocks that may stay loaded on the device."""
+    unless loaded, all others on `device`. `pieces`: of the `checkpoint`, that parameters and buffers are made of.
+    `resident`: bytes of blocks that may stay loaded on the device."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, resident: int = 0) -> None:
-        self.model, self.checkpoint, self.device = model, checkpoint, device
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        pieces: dict[str, list[Piece]],
+        device: torch.device,
+        resident: int = 0,
+    ) -> None:
+        self.model, self.checkpoint, self.pieces, self.device = model, checkpoint, pieces, device
         self.blocks = list(model.get_decoder().layers)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.resident = self.left = min(resident, sum(p.nbytes for b in self.blocks for p in b.parameters()))
@@ -39,8 +49,8 @@ class BlockModel:
             self._fill(name)
         model.tie_weights()
         for name, buffer in model.named_buffers():
-            value = checkpoint.tensor(name, device, buffer.dtype) if name in checkpoint else buffer.to(device)
-            _set(model, name, value)
+            given = pieces.get(name)
+            _set(model, name, checkpoint.parameter(given, device, buffer.dtype) if given else buffer.to(device))
         self.arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     @property
@@ -89,6 +99,16 @@ class BlockModel:
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
+    def columns(self, layer: LinearLayer, which: list[int]) -> torch.Tensor:
+        """Some columns of a layer's weight [..., rows, how many], loaded or not."""
+        import torch
+
+        pieces = self.pieces.get(layer.parameter_name)
+        if pieces is None:  # tied, and so never dropped
+            weight: torch.Tensor = layer.module.weight[..., which]
+            return weight
+        return layer.rows_of(self.checkpoint.parameter(pieces, torch.device("cpu"), None, which))
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:
         """The block, with its weights on the device."""
@@ -112,10 +132,10 @@ class BlockModel:
     def _fill(self, name: str) -> None:
         import torch
 
-        if name not in self.checkpoint:  # tied to another one
+        if name not in self.pieces:  # tied to another one
             return
         dtype = self.model.get_parameter(name).dtype
-        value = self.checkpoint.tensor(name, self.device, dtype)
+        value = self.checkpoint.parameter(self.pieces[name], self.device, dtype)
         _set(self.model, name, torch.nn.Parameter(value, requires_grad=False))
 
     @contextmanager
@@ -135,9 +155,9 @@ class BlockModel:
 def open_blocks(
     model_dir: Path, device: torch.device, dtype: torch.dtype, resident: int = 0, probe: int = 8
 ) -> BlockModel | None:
-    """The model of a directory with none of its blocks loaded; None where they cannot be run one by one: weights under
-    other names than in the checkpoint, or blocks that pass each other more than the hidden state. `probe`: tokens of a
-    run that finds out."""
+    """The model of a directory with none of its blocks loaded; None where they cannot be run one by one: parameters
+    that are not in the checkpoint, or made of it in an unknown way, or blocks that pass each other more than the hidden
+    state. `probe`: tokens of a run that finds out."""
     import torch
     import transformers
 
@@ -149,18 +169,16 @@ def open_blocks(
         with _parameters_on_meta():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         layers = model.get_decoder().layers
+        pieces = parameter_pieces(model, checkpoint.shapes)
     except Exception:  # whatever a model unlike these makes transformers raise
         return None
     # Tied weights are one parameter, listed once, under the name that the checkpoint has or its twin.
     tied = dict(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {})
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if not isinstance(layers, torch.nn.ModuleList) or any(
-        (name not in checkpoint and tied.get(name) not in checkpoint)
-        or (name in checkpoint and checkpoint.shape(name) != shape)
-        for name, shape in shapes.items()
-    ):
+    if pieces is None or not isinstance(layers, torch.nn.ModuleList):
         return None
-    found = BlockModel(model.eval().requires_grad_(False), checkpoint, device, resident)
+    if any(name not in pieces and tied.get(name) not in pieces for name, _ in model.named_parameters()):
+        return None
+    found = BlockModel(model.eval().requires_grad_(False), checkpoint, pieces, device, resident)
     return found if _runs_by_blocks(found, probe) else None
 
 

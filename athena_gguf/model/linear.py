@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
-from athena_gguf.model.experts import expert_layers
+from athena_gguf.model.experts import ExpertLayers, expert_layers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class LinearLayer:
     """A linear layer whose weight is one tensor of the base file. The base file may order the weight's rows
-    otherwise than the module (llama.cpp permutes q and k); columns, and so the curvature, agree."""
+    otherwise than the module (llama.cpp permutes q and k); columns, and so the curvature, agree. Of a block's experts
+    `module` is an ExpertLayers, and `module_name` that of the module that holds them all."""
 
     module_name: str
     tensor_name: str
     module: Any
+
+    @property
+    def torch_module(self) -> Any:
+        return self.module.owner if isinstance(self.module, ExpertLayers) else self.module
+
+    @property
+    def parameter_name(self) -> str:
+        """Of the parameter that the weight is, or is some rows of."""
+        own = self.module.parameter if isinstance(self.module, ExpertLayers) else "weight"
+        return f"{self.module_name}.{own}"
+
+    def rows_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The layer's rows of that parameter [..., rows, columns]."""
+        return parameter[:, self.module.rows] if isinstance(self.module, ExpertLayers) else parameter
+
+    def of(self, model: Any) -> LinearLayer:
+        """The same layer of a copy of the model."""
+        found = model.get_submodule(self.module_name)
+        return replace(
+            self, module=replace(self.module, owner=found) if isinstance(self.module, ExpertLayers) else found
+        )
 
 
 def linear_layers(model: Any, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[LinearLayer]:
@@ -45,7 +70,7 @@ def named_layers(model: Any, architecture: str, tensors: Container[str]) -> list
     for module_name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             experts = expert_layers(module_name, module, tensors)
-            found += [LinearLayer(f"{module_name}.{name}", name, layers) for name, layers in experts]
+            found += [LinearLayer(module_name, name, layers) for name, layers in experts]
             continue
         tensor_name = name_of(module_name)
         if module is head and tensor_name is None:

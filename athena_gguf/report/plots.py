@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.plan import block_of
 
 _DOTS = 150  # an inch
 
@@ -73,8 +73,7 @@ def write_loss_picture(path: Path, title: str, losses: Mapping[str, float], type
 
     cells: dict[tuple[int, str], str] = {}
     for name in losses:
-        match = re.fullmatch(r"blk\.(\d+)\.(.+?)(?:\.weight)?", name)
-        cells[(int(match[1]), match[2]) if match else (-1, name.removesuffix(".weight"))] = name
+        cells[block_of(name) or (-1, name.removesuffix(".weight"))] = name
     blocks = sorted({block for block, _ in cells})
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     values = np.full((len(blocks), len(kinds)), np.nan)
