@@ -127,6 +127,18 @@ class Library:
         )
         return float(out[0])
 
+    def dot_rows(
+        self, kind: AType, rows: npt.NDArray[np.uint8], columns: int, activations: npt.NDArray
+    ) -> npt.NDArray[np.float32]:
+        """Rows of bytes, the first ones of every row of `rows`, times activation blocks."""
+        out = np.full(len(rows), np.nan, np.float32)
+        stride, count = ctypes.c_size_t(rows.strides[0]), ctypes.c_int64(len(rows))
+        self._c["ggml_athena_dot_rows"](
+            ctypes.c_int(kind.ggml_type), ctypes.c_int(columns), _pointer(rows), stride, count, _pointer(activations),
+            _pointer(out),
+        )  # fmt: skip
+        return out
+
     def multiply(
         self,
         kind: AType,

@@ -77,6 +77,18 @@ def test_dot_product_against_double_precision(library: Library, kind: AType, suf
         assert abs(got - weights @ values) <= 1e-6 * np.abs(weights * values).sum()
 
 
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+def test_rows_together_give_what_each_gives(library: Library, kind: AType) -> None:
+    """No row sees the one before it, and what lies between rows does not count."""
+    rng = np.random.default_rng(5)
+    for columns in WIDTHS:
+        activations = random_activations(columns, rng)
+        rows = np.stack([random_row(kind, columns, rng) for _ in range(7)])
+        apart = np.concatenate([rows, rng.integers(0, 256, (7, 33)).astype(np.uint8)], axis=1)
+        together = library.dot_rows(kind, apart, columns, activations)
+        assert together.tolist() == [library.dot(kind, row, activations) for row in rows]
+
+
 def test_activations_are_the_nearest_bytes(library: Library) -> None:
     rng = np.random.default_rng(3)
     x = (rng.standard_normal(4096) * np.exp(rng.normal(0, 4, 4096))).astype(np.float32)

@@ -67,14 +67,70 @@ static void quantize(const struct ggml_compute_params * params, const struct ggm
     }
 }
 
+// The first row of the matrix that belongs to matrix number i of the activations, and the place of row 0, token t in dst.
+static const char * first_row(const struct ggml_tensor * dst, int64_t i) {
+    const struct ggml_tensor * src0 = dst->src[0];
+    const struct ggml_tensor * src1 = dst->src[1];
+    const int64_t i2 = i % src1->ne[2], i3 = i/src1->ne[2];
+    return (const char *) src0->data + i2*src0->ne[2]/src1->ne[2]*src0->nb[2] + i3*src0->ne[3]/src1->ne[3]*src0->nb[3];
+}
+
+static float * first_result(const struct ggml_tensor * dst, int64_t i, int64_t token) {
+    return (float *) ((char *) dst->data + token*dst->nb[1] + i % dst->ne[2]*dst->nb[2] + i/dst->ne[2]*dst->nb[3]);
+}
+
+// Too few tokens to decode tiles for: a dot product for each, the rows one after the other.
+static void mul_mat_by_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src0 = dst->src[0];
+    const struct ggml_tensor * src1 = dst->src[1];
+    const int64_t rows = src0->ne[1], columns = src0->ne[0], groups = columns/ATHENA_GROUP;
+    const int64_t tokens = src1->ne[1], matrices = src1->ne[2]*src1->ne[3];
+
+    block_q8_a64 * y = (block_q8_a64 *) params->wdata;
+    const int64_t all = groups*tokens*matrices;
+    GGML_ASSERT((size_t) all*sizeof(*y) <= params->wsize);
+    const int64_t end = all*(params->ith + 1)/params->nth;
+    for (int64_t i = all*params->ith/params->nth; i < end;) {
+        const int64_t row = i/groups, group = i % groups, n = least(end - i, groups - group);
+        const int64_t matrix = row/tokens;
+        const char * x = (const char *) src1->data + row % tokens*src1->nb[1] + matrix % src1->ne[2]*src1->nb[2] + matrix/src1->ne[2]*src1->nb[3];
+        quantize_row_q8_a64((const float *) x + group*ATHENA_GROUP, y + i, n*ATHENA_GROUP);
+        i += n;
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth); // every thread starts with the chunk of its number
+    }
+    ggml_barrier(params->threadpool);
+
+    // threads that take few chunks each take one, for less to agree on
+    int64_t chunk_rows = 64, row_chunks = div_up(rows, chunk_rows);
+    if (row_chunks*matrices < 4*params->nth) {
+        chunk_rows = div_up(rows, params->nth);
+        row_chunks = div_up(rows, chunk_rows);
+    }
+    const int64_t chunks = row_chunks*matrices;
+    for (int64_t chunk = params->ith; chunk < chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t row = chunk % row_chunks*chunk_rows, matrix = chunk/row_chunks;
+        const char * x = first_row(dst, matrix) + row*src0->nb[1];
+        for (int64_t t = 0; t < tokens; t++) {
+            const block_q8_a64 * activations = y + (matrix*tokens + t)*groups;
+            ggml_athena_dot_rows(src0->type, (int) columns, x, src0->nb[1], least(rows - row, chunk_rows), activations, first_result(dst, matrix, t) + row);
+        }
+    }
+}
+
 bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
     const int64_t rows = src0->ne[1], tokens = src1->ne[1], matrices = src1->ne[2]*src1->ne[3];
-    if (!takes(dst) || params->use_ref || tokens < ATHENA_MIN_TOKENS) {
+    if (!takes(dst) || params->use_ref) {
         return false;
     }
     GGML_ASSERT(src0->nb[0] == ggml_type_size(src0->type) && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
+    if (tokens < ATHENA_MIN_TOKENS) {
+        mul_mat_by_rows(params, dst);
+        return true;
+    }
 
     char * work = align64(params->wdata);
     athena_panel        * panels  = (athena_panel *) work;
@@ -105,10 +161,9 @@ bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_
         const int64_t row    = chunk % row_chunks*chunk_rows;
         const int64_t token  = chunk/row_chunks % token_chunks*chunk_tokens;
         const int64_t matrix = chunk/(row_chunks*token_chunks);
-        const int64_t i2 = matrix % src1->ne[2], i3 = matrix/src1->ne[2];
         const athena_gemm_task task = {
             .type       = src0->type,
-            .x          = (const char *) src0->data + row*src0->nb[1] + i2*src0->ne[2]/src1->ne[2]*src0->nb[2] + i3*src0->ne[3]/src1->ne[3]*src0->nb[3],
+            .x          = first_row(dst, matrix) + row*src0->nb[1],
             .row_stride = src0->nb[1],
             .rows       = least(rows - row, chunk_rows),
             .columns    = src0->ne[0],
@@ -117,7 +172,7 @@ bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_
             .out        = out,
         };
         for (int64_t i = 0; i < task.tokens; i++) {
-            out[i] = (float *) ((char *) dst->data + (token + i)*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]) + row;
+            out[i] = first_result(dst, matrix, token + i) + row;
         }
         ggml_athena_gemm(&task, scratch);
     }
@@ -127,7 +182,7 @@ bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_
 bool ggml_athena_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int64_t expert, int64_t n_rows, const int32_t * rows, char * scratch) {
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
-    if (!takes(dst) || params->use_ref || n_rows < ATHENA_MIN_TOKENS) {
+    if (!takes(dst) || params->use_ref) {
         return false;
     }
     athena_gemm_scratch * own = (athena_gemm_scratch *) align64(scratch) + params->ith;
@@ -158,7 +213,13 @@ bool ggml_athena_mul_mat_id(const struct ggml_compute_params * params, struct gg
                 .y          = y,
                 .out        = out,
             };
-            ggml_athena_gemm(&task, own);
+            if (tokens < ATHENA_MIN_TOKENS) {
+                for (int64_t i = 0; i < tokens; i++) {
+                    ggml_athena_dot_rows(task.type, (int) task.columns, task.x, task.row_stride, task.rows, y[i], out[i]);
+                }
+            } else {
+                ggml_athena_gemm(&task, own);
+            }
         }
     }
     return true;

@@ -1,4 +1,4 @@
-// MUL_MAT and MUL_MAT_ID of A2, A3 and A4 matrices with several tokens.
+// MUL_MAT and MUL_MAT_ID of A2, A3 and A4 matrices.
 
 #pragma once
 
@@ -17,7 +17,7 @@ struct ggml_compute_params;
 // Work memory that the node needs beyond that for its activations in Q8_A64.
 size_t ggml_athena_wdata_size(int n_tasks, const struct ggml_tensor * node);
 
-// The whole operation, or false where it is not one for this code (other types, few tokens, neither AVX2 nor NEON).
+// The whole operation, or false where it is not one for this code (other types, neither AVX2 nor NEON).
 bool ggml_athena_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 // One expert of MUL_MAT_ID, or false. The activations are in params->wdata, row by row; n_rows of them are this expert's:

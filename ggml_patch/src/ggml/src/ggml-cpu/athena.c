@@ -52,6 +52,14 @@ void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, c
         athena_sink  sink  = athena_dot_sink(vy); \
         ATHENA_ROW(type)(n, vx, &carry, &sink); \
         *s = athena_total(&sink); \
+    } \
+    static void dot_rows_##type(int n, const uint8_t * x, size_t stride, int64_t rows, const block_q8_a64 * y, float * out) { \
+        for (int64_t r = 0; r < rows; r++, x += stride) { \
+            athena_carry carry = ATHENA_ROW_START(type); \
+            athena_sink  sink  = athena_dot_sink(y); \
+            ATHENA_ROW(type)(n, x, &carry, &sink); \
+            out[r] = athena_total(&sink); \
+        } \
     }
 
 ATHENA_DEFINE_DOT(a2)
@@ -68,6 +76,11 @@ void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, 
     void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
         ATHENA_UNUSED_STRIDES; \
         *s = athena_dot_neon(TYPE, &athena_tables_##type, n, vx, vy); \
+    } \
+    static void dot_rows_##type(int n, const uint8_t * x, size_t stride, int64_t rows, const block_q8_a64 * y, float * out) { \
+        for (int64_t r = 0; r < rows; r++, x += stride) { \
+            out[r] = athena_dot_neon(TYPE, &athena_tables_##type, n, x, y); \
+        } \
     }
 
 ATHENA_DEFINE_DOT(a2, GGML_TYPE_A2)
@@ -79,6 +92,16 @@ void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, 
 }
 
 #else
+
+static void dot_rows(enum ggml_type type, int n, const uint8_t * x, size_t stride, int64_t rows, const block_q8_a64 * y, float * out) {
+    for (int64_t r = 0; r < rows; r++, x += stride) {
+        out[r] = vec_dot_generic(type, n, x, y);
+    }
+}
+
+#define dot_rows_a2(...) dot_rows(GGML_TYPE_A2, __VA_ARGS__)
+#define dot_rows_a3(...) dot_rows(GGML_TYPE_A3, __VA_ARGS__)
+#define dot_rows_a4(...) dot_rows(GGML_TYPE_A4, __VA_ARGS__)
 
 void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
     ggml_vec_dot_a2_q8_a64_generic(n, s, bs, vx, bx, vy, by, nrc);
@@ -97,3 +120,12 @@ void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, 
 }
 
 #endif
+
+void ggml_athena_dot_rows(enum ggml_type type, int n, const void * x, size_t stride, int64_t rows, const void * y, float * out) {
+    switch (type) {
+        case GGML_TYPE_A2: dot_rows_a2(n, x, stride, rows, y, out); break;
+        case GGML_TYPE_A3: dot_rows_a3(n, x, stride, rows, y, out); break;
+        case GGML_TYPE_A4: dot_rows_a4(n, x, stride, rows, y, out); break;
+        default: GGML_ABORT("not an Athena type");
+    }
+}

@@ -24,6 +24,10 @@ void ggml_vec_dot_a2_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const voi
 void ggml_vec_dot_a3_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_a4_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 
+// out[r] = the dot product of y with row r of `rows` rows of n columns, `stride` bytes apart: the same as those of the
+// functions above, which start anew for every row.
+void ggml_athena_dot_rows(enum ggml_type type, int n, const void * x, size_t stride, int64_t rows, const void * y, float * out);
+
 // Plain C, the truth for every other version: those must give the same integer sum for every 64 columns.
 void ggml_vec_dot_a2_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_a3_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
