@@ -6,6 +6,7 @@
 #include "ggml.h"
 
 #include "../tests/c/cpu_memory.h"
+#include "allocate.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
@@ -32,15 +33,6 @@ static const enum ggml_type types[] = {
     GGML_TYPE_IQ4_XS, GGML_TYPE_IQ4_NL, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0,
 };
 #define N_TYPES (sizeof(types)/sizeof(types[0]))
-
-static void * allocate(size_t size) {
-    void * p = aligned_alloc(64, (size + 63)/64*64);
-    if (p == NULL) {
-        fprintf(stderr, "out of memory\n");
-        exit(1);
-    }
-    return p;
-}
 
 // Roughly Gaussian.
 static float random_float(void) {

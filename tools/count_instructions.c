@@ -6,6 +6,7 @@
 #include "ggml.h"
 
 #include "../tests/c/cpu_memory.h"
+#include "allocate.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
@@ -21,15 +22,6 @@ static const enum ggml_type types[] = {
 
 __attribute__((noinline)) void count_mark(void) {
     __asm__ volatile("");
-}
-
-static void * allocate(size_t size) {
-    void * p = aligned_alloc(64, (size + 63)/64*64);
-    if (p == NULL) {
-        fprintf(stderr, "out of memory\n");
-        exit(1);
-    }
-    return p;
 }
 
 static void count_dots(enum ggml_type type, const uint8_t * rows, const float * x, int64_t n_rows, int64_t columns) {
