@@ -152,6 +152,7 @@ def runtime_path(folder: RuntimeDir = None) -> None:
         "athena-gguf convert HuggingFaceTB/SmolLM2-135M-Instruct small.gguf --preset small",
         "athena-gguf convert MODEL OUT.gguf --size 5.5GiB --dry-run",
         "athena-gguf convert MODEL OUT.gguf --bpw 3.4 --calibration text.txt --work-dir work",
+        "athena-gguf convert MODEL OUT.gguf --type A3 --ray auto",
     )
 )
 def convert(
@@ -227,6 +228,14 @@ def convert(
     report_text: Annotated[
         Path | None, typer.Option("--report-text", help="Text to measure the card's KL divergence on.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Encode on this Ray cluster ('auto': the one around; 'local': a new one on this machine).",
+        ),
+    ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
@@ -258,6 +267,7 @@ def convert(
         report=report,
         report_text=report_text,
         trust_remote_code=trust_remote_code,
+        ray=ray,
     )
     run_convert(model, out, options)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ class ConvertOptions:
     file made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
     plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
     the KL divergence on for it. `trust_remote_code`: run Python code that comes with the model. `gpu_memory`,
-    `host_memory`: what the work may take, None for most of what is free."""
+    `host_memory`: what the work may take, None for most of what is free. `ray`: address of a Ray cluster that encodes
+    (athena_gguf.cluster.connected)."""
 
     type: str | None = None
     bpw: float | None = None
@@ -64,6 +65,7 @@ class ConvertOptions:
     report: Path | None = None
     report_text: Path | None = None
     trust_remote_code: bool = False
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         """Types in capitals, whatever was given; paths as paths, and one calibration text as a tuple of one."""
@@ -109,6 +111,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
     from athena_gguf.calibration.stage import Memory, Stage, all_of
+    from athena_gguf.cluster import connected
     from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.model.trust import running_code
@@ -127,6 +130,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         shortage_explained(str(out)),
         running_code(options.trust_remote_code),
         _work_dir(options, out) as work,
+        nullcontext() if options.ray is None or options.dry_run else connected(options.ray) as cluster,
     ):
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
@@ -151,7 +155,9 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
                 predicted = _allocate(base_path, plan, calibration, target, metadata, work, device, options)
         if options.dry_run:
             return print_plan(base_path, plan, metadata, predicted)
-        encoded = encode_tensors(base_path, plan, calibration, work / "encoded", devices, stages.timed, stage.overlap)
+        encoded = encode_tensors(
+            base_path, plan, calibration, work / "encoded", devices, stages.timed, stage.overlap, cluster
+        )
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
         if _tunes(options, plan, device, memory):

@@ -25,9 +25,11 @@ def encode_experts(
     kinds: Mapping[str, AType],
     matrices: torch.Tensor,
     damping: float,
+    first_expert: int = 0,
 ) -> dict[str, Encoded]:
     """The tensors `weights` [experts, rows, columns] of one input, by name, under `matrices` [experts, columns,
-    columns]; the data is [experts, rows, row bytes]. Raises AthenaError naming the tensor if a curvature is none."""
+    columns]; the data is [experts, rows, row bytes]. `first_expert`: the number of the first of them. Raises
+    AthenaError naming the tensor if a curvature is none."""
     parts: dict[str, list[Encoded]] = {name: [] for name in weights}
     waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
 
@@ -40,7 +42,7 @@ def encode_experts(
     for expert, matrix in enumerate(matrices):
         collect(0 if pool.gpu else IN_FLIGHT)
         device = weights[first].device
-        metric = layer_metric(matrix, matrix.shape[-1], damping, f"{first}, expert {expert}", device)
+        metric = layer_metric(matrix, matrix.shape[-1], damping, f"{first}, expert {first_expert + expert}", device)
         for name, weight in weights.items():
             waiting.append((name, pool.submit(weight[expert], metric, kinds[name])))
     collect(0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf import progress
 from athena_gguf.memory import cores
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.store import Calibration
-    from athena_gguf.encode import Encoded, EncodePool
+    from athena_gguf.cluster import Cluster
+    from athena_gguf.encode import Encoded, EncodeOptions, EncodePool
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.plan import Plan
@@ -34,11 +35,12 @@ def encode_tensors(
     devices: Sequence[torch.device],
     timed: Callable[[str], Any],
     overlap: bool = True,
+    cluster: Cluster | None = None,
 ) -> FinishedTensors:
     """Every tensor of `plan.encoded`, as the curvatures come, and every one of `plan.standard` meanwhile; those that an
     earlier conversion finished are taken from `folder`. `overlap`: the devices have memory enough to encode while the
-    next curvatures are measured. Raises AthenaError naming the tensor if its curvature is none, or if the disk has no
-    room."""
+    next curvatures are measured. `cluster`: encodes, instead of this process. Raises AthenaError naming the tensor if
+    its curvature is none, or if the disk has no room."""
     from athena_gguf.calibration import store
     from athena_gguf.encode import EncodeOptions, finished
     from athena_gguf.gguf_file import GGUFFile
@@ -49,12 +51,20 @@ def encode_tensors(
     found = {name for name, kind in (plan.encoded | plan.standard).items() if done.find(name, kind)}
     if found:
         progress.note(f"{len(found)} finished tensors are taken from the work directory")
-    on_gpu = devices[0].type == "cuda"
+    on_gpu = devices[0].type == "cuda" and cluster is None
+
+    def queue_for(writer: Writer) -> Queue:
+        if cluster is not None:
+            from athena_gguf.encode.ray_queue import RayQueue
+
+            return RayQueue(plan, base, settings, writer, cluster)
+        return _GpuQueue(plan, base, settings, writer, devices) if on_gpu else _CpuQueue(plan, base, settings, writer)
+
     with (
         GGUFFile(base_path) as base,
         progress.late_bar("encoding", sum(map(plan.elements, plan.encoded))) as advance,
-        _Writer(plan, base, done, advance) as writer,
-        (_GpuQueue if on_gpu else _CpuQueue)(plan, base, settings, devices, writer) as queue,
+        Writer(plan, base, done, advance) as writer,
+        queue_for(writer) as queue,
     ):
         if found:
             advance(sum(plan.elements(name) for name in found if name in plan.encoded))
@@ -68,8 +78,9 @@ def encode_tensors(
                     queue.add(None, [name])
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
-        # What works on the CPU would share it with the measurement, and both would wait for each other.
-        pause = (lambda: None) if on_gpu and overlap else queue.drain
+        # What works on this machine's CPU would share it with the measurement, and both would wait for each other.
+        beside = cluster.elsewhere() if cluster is not None else on_gpu and overlap
+        pause = (lambda: None) if beside else queue.drain
         for curvature in calibration.stream(known, pause):
             names = [name for name in curvature.about.tensor_names if name in needed]
             if names:
@@ -87,7 +98,7 @@ def encode_tensors(
     return done
 
 
-class _Writer:
+class Writer:
     """Puts finished tensors on disk, and makes those of standard types, in threads of its own."""
 
     def __init__(self, plan: Plan, base: GGUFFile, done: FinishedTensors, advance: progress.Advance) -> None:
@@ -96,7 +107,7 @@ class _Writer:
         self.waiting: deque[Future[None]] = deque()
         self.made: list[Future[None]] = []
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -127,28 +138,20 @@ class _Writer:
             future.result()
 
 
-def _encode_experts(
-    queue: _CpuQueue | _GpuQueue,
-    pool: EncodePool,
-    device: torch.device | str,
-    matrices: torch.Tensor,
-    names: Sequence[str],
-) -> None:
-    from athena_gguf.encode.experts import encode_experts
-    from athena_gguf.format import TYPES
+class Queue(AbstractContextManager["Queue"], Protocol):
+    """Encodes tensors and hands them to a `Writer`. Leaving it cancels what has not started."""
 
-    weights = {name: queue.base.tensors[name].to_torch(device) for name in names}
-    kinds = {name: TYPES[queue.plan.encoded[name]] for name in names}
-    for name, encoded in encode_experts(pool, weights, kinds, matrices, queue.settings.damping).items():
-        queue.writer.put(name, encoded)
+    def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
+        """Start with tensors that read an input of this curvature, once there is room."""
+
+    def drain(self) -> None:
+        """Wait until everything that was added is done."""
 
 
 class _CpuQueue:
     """Encodes in all processors' threads, some tensors at a time."""
 
-    def __init__(
-        self, plan: Plan, base: GGUFFile, settings: Any, devices: Sequence[torch.device], writer: _Writer
-    ) -> None:
+    def __init__(self, plan: Plan, base: GGUFFile, settings: EncodeOptions, writer: Writer) -> None:
         from athena_gguf.encode import EncodePool
 
         self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
@@ -166,12 +169,15 @@ class _CpuQueue:
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
         """Start with tensors that read an input of this curvature."""
         from athena_gguf.encode import layer_metric
+        from athena_gguf.encode.layer import encode_layer
         from athena_gguf.encode.pool import PIECE
         from athena_gguf.format import TYPES
 
         if matrix is not None and matrix.ndim > 2:
             self.drain()
-            _encode_experts(self, self.pool, "cpu", matrix, names)
+            tensors = [self.base.tensors[name] for name in names]
+            for name, encoded in encode_layer(self.pool, matrix, tensors, self.plan.encoded, "cpu"):
+                self.writer.put(name, encoded)
             return
         columns = self.plan.shapes[names[0]][-1]
         metric = layer_metric(matrix, columns, self.settings.damping, names[0])
@@ -195,7 +201,7 @@ class _GpuQueue:
     """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do."""
 
     def __init__(
-        self, plan: Plan, base: GGUFFile, settings: Any, devices: Sequence[torch.device], writer: _Writer
+        self, plan: Plan, base: GGUFFile, settings: EncodeOptions, writer: Writer, devices: Sequence[torch.device]
     ) -> None:
         import torch
 
@@ -243,18 +249,12 @@ class _GpuQueue:
     def _encode(self, at: int, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
         import torch
 
-        from athena_gguf.encode import layer_metric
-        from athena_gguf.format import TYPES
+        from athena_gguf.encode.layer import encode_layer
 
-        device, columns = self.devices[at], self.plan.shapes[names[0]][-1]
-        with torch.cuda.device(device):
-            if matrix is not None and matrix.ndim > 2:
-                _encode_experts(self, self.pools[at], device, matrix, names)
-                return
-            metric = layer_metric(matrix, columns, self.settings.damping, names[0], device)
-            for name in names:
-                weight = self.base.tensors[name].to_torch(device)
-                self.writer.put(name, self.pools[at].submit(weight, metric, TYPES[self.plan.encoded[name]])())
+        tensors = [self.base.tensors[name] for name in names]
+        with torch.cuda.device(self.devices[at]):
+            for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, self.devices[at]):
+                self.writer.put(name, encoded)
 
     def drain(self) -> None:
         for jobs in self.jobs:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 from athena_gguf import progress
@@ -65,7 +66,10 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, Job
     running: dict[Future[Attempt], Job] = {}
 
     def begin(queue: deque[Job]) -> None:
-        running[pool.submit(queue[0])] = queue[0]
+        job = queue[0]
+        if job.spread is None:
+            job = replace(job, spread=pool.spreads(len(running) + len(waiting) + 1))
+        running[pool.submit(job)] = job
 
     while waiting and len(running) < limit:
         begin(waiting.popleft())

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, Protocol
 
-from athena_gguf import progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.cluster import connected
 from athena_gguf.jobs.process import Attempt, Process
 from athena_gguf.jobs.spec import Job
 
 
 class Pool(Protocol):
+    def spreads(self, models: int) -> bool:
+        """Whether a job is best encoded by several machines while so many models are not finished."""
+
     def submit(self, job: Job) -> Future[Attempt]: ...
 
     def stop(self) -> None:
@@ -37,6 +40,9 @@ class LocalPool:
         self._processes: dict[int, Process] = {}
         self._lock = Lock()
         self._stopped = False
+
+    def spreads(self, models: int) -> bool:
+        return False
 
     def submit(self, job: Job) -> Future[Attempt]:
         return self._threads.submit(self._run, job)
@@ -68,35 +74,26 @@ class LocalPool:
 class RayPool:
     """Jobs as tasks of a Ray cluster whose machines share the folders of the batch.
 
-    `address`: of the cluster, or "local" for a cluster of `workers` workers on this machine. On a real cluster a job
-    takes the processors of the smallest machine, and a GPU where there are any. Raises AthenaError if Ray is not
-    installed or the cluster cannot be reached.
+    A job takes the processors of the smallest machine, and a GPU where there are any. One that is spread
+    (`Job.spread`) takes no processors, and its encoding those of all machines. `address`, `workers`: as of
+    athena_gguf.cluster.connected, which says what is raised.
     """
 
     def __init__(self, state: Path, workers: int, address: str) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise AthenaError("--ray needs Ray: pip install 'athena-gguf[ray]'") from None
-        self._ray, self._state = ray, state
-        quiet: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
-        try:
-            if address == "local":
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a trial tells nobody
-                ray.init(address="local", num_cpus=workers, **quiet)
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # whatever a wrong address makes Ray raise
-            raise AthenaError(f"--ray {address}: cannot reach the cluster: {error}") from error
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = 1 if address == "local" else min(node.get("CPU", 1) for node in nodes)
-        gpus = 1 if address != "local" and any(node.get("GPU") for node in nodes) else 0
-        progress.note(f"Ray: {len(nodes)} machines, {cpus:g} processors a job")
-        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_attempt)
+        self._connection, self._state = ExitStack(), state
+        self._cluster = self._connection.enter_context(connected(address, workers))
+        self._ray = self._cluster.ray
         self._refs: list[Any] = []
 
+    def spreads(self, models: int) -> bool:
+        return not self._cluster.gpus and models < self._cluster.slots()
+
     def submit(self, job: Job) -> Future[Attempt]:
-        reference = self._task.remote(job, str(self._state))
+        # A machine that it held could not encode, and if all of them held one, none could.
+        cpus, placed = (0, "SPREAD") if job.spread else (self._cluster.cpus, "DEFAULT")
+        settings = {"num_cpus": cpus, "num_gpus": self._cluster.gpus, "scheduling_strategy": placed, "max_retries": 0}
+        task = self._ray.remote(**settings)(_attempt)
+        reference = task.remote(job, str(self._state))
         self._refs.append(reference)
         future: Future[Attempt] = Future()
 
@@ -115,10 +112,15 @@ class RayPool:
     def stop(self) -> None:
         for reference in self._refs:
             self._ray.cancel(reference, force=True)
-        self._ray.shutdown()
+        self._connection.close()
 
 
 def _attempt(job: Job, state: str) -> Attempt:
+    """On a worker, whose cluster a job that is spread reaches under the address that this machine knows."""
+    if job.spread:
+        import ray
+
+        job = replace(job, settings=job.settings | {"ray": ray.get_runtime_context().gcs_address})
     return Process(job, Path(state)).run()
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -16,14 +16,15 @@ from athena_gguf.conversion import ConvertOptions
 from athena_gguf.errors import AthenaError
 
 STATE = ".athena-batch"  # folder beside the results: what is known of them, logs, and the default work directories
-_OWN = ("work_dir", "dry_run")  # settings that the batch itself decides
+_OWN = ("work_dir", "dry_run", "ray")  # settings that the batch itself decides
 _PATHS = ("base", "report", "report_text")
 
 
 @dataclass(frozen=True)
 class Job:
     """One conversion. `group`: jobs of one group share a work directory and run one after the other. `settings`: the
-    keywords of ConvertOptions, of types that JSON has; `work_dir`, `out` and paths in `settings` are absolute."""
+    keywords of ConvertOptions, of types that JSON has; `work_dir`, `out` and paths in `settings` are absolute.
+    `spread`: whether the machines of a Ray cluster share its encoding, None for where there are more than models."""
 
     name: str
     group: str
@@ -31,6 +32,7 @@ class Job:
     out: str
     work_dir: str
     settings: dict[str, Any]
+    spread: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,18 @@ def _jobs(path: Path, entry: dict[str, Any], common: dict[str, Any], folder: Pat
                 f'{path}: {where}: {target!r} is no target; give a text, or {{ file = "NAME.gguf", ... }}'
             )
         settings = shared | settings
-        jobs.append(Job(f"{name}/{file}", name, model, str(out / file), str(work / name), settings))
+        spread = settings.pop("spread", None)
+        jobs.append(Job(f"{name}/{file}", name, model, str(out / file), str(work / name), settings, spread))
     return jobs
 
 
 def _settings(path: Path, where: str, given: Any, folder: Path) -> dict[str, Any]:
-    """Settings by the names of ConvertOptions' fields, with paths made absolute."""
+    """Settings by the names of ConvertOptions' fields, with paths made absolute, and `spread` of Job."""
     if not isinstance(given, dict):
         raise AthenaError(f"{path}: {where} is no table")
     found = {key.replace("-", "_"): value for key, value in given.items()}
-    hints = typing.get_type_hints(ConvertOptions)
-    _known(path, where, found, {f.name for f in fields(ConvertOptions)} - set(_OWN))
+    hints = typing.get_type_hints(ConvertOptions) | {"spread": bool}
+    _known(path, where, found, hints.keys() - set(_OWN))
     if isinstance(found.get("calibration"), str):
         found["calibration"] = [found["calibration"]]
     for key, value in found.items():

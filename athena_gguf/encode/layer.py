@@ -1,0 +1,47 @@
+"""Encodes the tensors that read one layer input, on one device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from athena_gguf.encode.experts import encode_experts
+from athena_gguf.encode.matrix import Encoded
+from athena_gguf.encode.metric import layer_metric
+from athena_gguf.encode.pool import EncodePool
+from athena_gguf.format import TYPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from athena_gguf.gguf_file.reader import Tensor
+
+
+def encode_layer(
+    pool: EncodePool,
+    matrix: torch.Tensor | None,
+    tensors: Sequence[Tensor],
+    kinds: Mapping[str, str],
+    device: torch.device | str,
+    first_expert: int = 0,
+) -> Iterator[tuple[str, Encoded]]:
+    """Name and encoding of every one of `tensors`: [rows, columns] under the curvature `matrix` [columns, columns] or,
+    with None, the identity; [experts, rows, columns] under [experts, columns, columns]. `kinds`: A types by name;
+    `first_expert`: the number of the first, for errors. Raises AthenaError naming the tensor if a curvature is none.
+    """
+    damping = pool.options.damping
+    if matrix is not None and matrix.ndim > 2:
+        weights = {tensor.name: tensor.to_torch(device) for tensor in tensors}
+        types = {tensor.name: TYPES[kinds[tensor.name]] for tensor in tensors}
+        yield from encode_experts(pool, weights, types, matrix, damping, first_expert).items()
+        return
+    metric = layer_metric(matrix, tensors[0].columns, damping, tensors[0].name, device)
+    waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
+    for tensor in tensors:
+        waiting.append((tensor.name, pool.submit(tensor.to_torch(device), metric, TYPES[kinds[tensor.name]])))
+        if pool.gpu:  # one weight at a time on the device
+            name, result = waiting.popleft()
+            yield name, result()
+    for name, result in waiting:
+        yield name, result()
