@@ -3,8 +3,9 @@
 The scripts of tools/ are importable by name.
 """
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ def demo_directory() -> Path:
     directory = ROOT / "demo" / "SmolLM2-135M-Instruct"
     demo_model.make(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a cluster of two machines with a processor each, which are processes here."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_worker_niceness", "0")  # not behind everything else on a busy machine
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.add_node(num_cpus=1)
+            signal.signal(signal.SIGTERM, handler)
+            yield cluster.address
+        finally:
+            cluster.shutdown()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Batches: the file of jobs, six jobs with a bad and a killed one, resuming, a Ray cluster."""
+"""Batches: the file of jobs, six jobs with a bad one and a killed worker, resuming, a Ray cluster."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ import tiny_model as tiny
 from typer.testing import CliRunner
 
 from athena_gguf import cli
+from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.jobs import Job, read_batch, run_batch, state
 from athena_gguf.jobs.spec import STATE
 
+finds_processes = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
 FAMILIES = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 32})}
 
 
@@ -32,37 +35,36 @@ def folder(tmp_path, runtime, text):
     return tmp_path
 
 
-def write(folder, models, head='out = "files"\nwork = "work"'):
+def write(folder, models, head='out = "files"\nwork = "work"', more=""):
     path = folder / "jobs.toml"
-    settings = '[settings]\ncalibration = "text.txt"\ncalibration-tokens = 1024\ndevice = "cpu"\n'
+    settings = f'[settings]\ncalibration = "text.txt"\ncalibration-tokens = 1024\ndevice = "cpu"\n{more}\n'
     entries = [f'[[model]]\nmodel = "{name}"\ntargets = {json.dumps(targets)}\n' for name, targets in models.items()]
     path.write_text("\n".join([head, settings, *entries]))
     return path
 
 
 def log(folder, file):
-    """The events of a job's log."""
-    return [json.loads(line) for line in (folder / "files" / STATE / f"{file}.log").read_text().splitlines()]
+    """The events of a job's log, in which Ray's own code may have written too."""
+    lines = (folder / "files" / STATE / f"{file}.log").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def count(events, event, text):
     return sum(e["event"] == event and text in (e.get("text") or e.get("stage")) for e in events)
 
 
-def kill_when(folder, file, text, victim):
-    """A thread that kills the process which `victim` finds once the job's log has the text; what it killed."""
+def kill_when(victim):
+    """A thread that kills the first process that `victim` finds; what it killed."""
     killed = []
 
     def watch():
-        path = folder / "files" / STATE / f"{file}.log"
         while not killed:
-            if path.exists() and text in path.read_text() and (pid := victim(file)):
+            if pid := victim():
                 killed.append(pid)
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+            time.sleep(0.02)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    threading.Thread(target=watch, daemon=True).start()
     return killed
 
 
@@ -78,15 +80,27 @@ def job_process(file):
     return None
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
-def test_six_jobs_one_bad_one_killed(folder, capfd):
+def said(folder, file, text):
+    """Whether a job's log has the text."""
+    path = folder / "files" / STATE / f"{file}.log"
+    return path.exists() and text in path.read_text()
+
+
+@finds_processes
+def test_six_jobs_one_bad_one_killed_worker(folder, ray_cluster):
     """Five good files, one clear report, no work done twice; a second run makes the bad one only."""
     models = {"llama": ["A2", "A3"], "qwen2": ["A3", "A4"], "qwen3": ["A3"]}
-    path = write(folder, models)
+    path = write(folder, models, more="spread = false")
     bad = '{ file = "bad.gguf", type = "A3", calibration = "absent.txt" }'
     path.write_text(path.read_text() + f'[[model]]\nmodel = "llama"\nname = "bad"\ntargets = [{bad}]\n')
-    killed = kill_when(folder, "qwen2-A3.gguf", "curvature of the loss", job_process)
-    result = CliRunner().invoke(cli.app, ["batch", str(path), "--workers", "2", "--json"])
+
+    def worker():
+        """The cluster's worker that runs the job: the parent of its process."""
+        if said(folder, "qwen2-A3.gguf", "curvature of the loss") and (child := job_process("qwen2-A3.gguf")):
+            return int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+
+    killed = kill_when(worker)
+    result = CliRunner().invoke(cli.app, ["batch", str(path), "--ray", ray_cluster, "--json"])
     assert result.exit_code == cli.FAILED_JOBS, result.output
     report = {Path(job["file"]).name: job for job in json.loads(result.stdout)["jobs"]}
     assert json.loads((folder / "files" / STATE / "report.json").read_text()) == json.loads(result.stdout)
@@ -132,7 +146,7 @@ def test_what_counts_as_made(tmp_path):
     assert state.finished(tmp_path, replace(job, model="org/name-that-is-not-here")) is None
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
+@finds_processes
 def test_jobs_end_with_the_batch(folder):
     """Even when it is killed."""
     path = write(folder, {"llama": ["A2"]})
@@ -148,23 +162,40 @@ def test_jobs_end_with_the_batch(folder):
     assert not (folder / "files" / "llama-A2.gguf").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
-def test_ray_cluster_with_a_lost_worker(folder, monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # not behind everything else on a busy machine
-
-    def worker(file):
-        """The Ray worker that runs the job: the parent of its process."""
-        child = job_process(file)
-        return child and int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
-
-    path = write(folder, {"llama": ["A3"], "qwen2": ["A2", "A3"]}, head='out = "files"')
-    killed = kill_when(folder, "llama-A3.gguf", "start", worker)
-    report = run_batch(path, workers=2, ray="local")
-    assert [job.status for job in report.jobs] == ["done"] * 3, report.table()
-    assert len(killed) == 1 and [job.attempts for job in report.jobs] == [2, 1, 1]
-    assert all((folder / "files" / f"{name}.gguf").exists() for name in ("llama-A3", "qwen2-A2", "qwen2-A3"))
+@finds_processes
+def test_a_killed_job_is_started_once_more(folder):
+    path = write(folder, {"llama": ["A3"]}, head='out = "files"')
+    killed = kill_when(lambda: said(folder, "llama-A3.gguf", "start") and job_process("llama-A3.gguf"))
+    report = run_batch(path)
+    assert [(job.status, job.attempts) for job in report.jobs] == [("done", 2)] and len(killed) == 1, report.table()
+    assert (folder / "files" / "llama-A3.gguf").exists()
     assert not (folder / "files" / STATE / "work").exists()  # nobody asked to keep it
+
+
+@finds_processes
+def test_machines_share_the_encoding_of_one_model(folder, ray_cluster):
+    """There are more machines than models; a worker is killed at its task; the file is that of one machine."""
+    path = write(folder, {"llama": ["A3"]})
+
+    def worker():
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (process / "cmdline").read_bytes().startswith(b"ray::_encode"):
+                    return int(process.name)
+
+    killed = kill_when(worker)
+    report = run_batch(path, ray=ray_cluster)
+    assert [(job.status, job.attempts) for job in report.jobs] == [("done", 1)] and len(killed) == 1, report.table()
+    assert count(log(folder, "llama-A3.gguf"), "note", "Ray: 2 machines") == 1
+    alone = ConvertOptions(
+        type="A3",
+        calibration=str(folder / "text.txt"),
+        calibration_tokens=1024,
+        device="cpu",
+        base=folder / "work" / "llama" / "base.gguf",
+    )
+    convert(folder / "llama", folder / "alone.gguf", alone)
+    assert (folder / "files" / "llama-A3.gguf").read_bytes() == (folder / "alone.gguf").read_bytes()
 
 
 GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'
@@ -185,6 +216,8 @@ GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'
         (GOOD + 'seed = "1"', "seed = '1' is of the wrong kind"),
         (GOOD + "calibration = [1]", "of the wrong kind"),
         (GOOD + "dry-run = true", "has dry_run"),
+        (GOOD + 'ray = "auto"', "has ray"),
+        (GOOD + "spread = 2", "spread = 2 is of the wrong kind"),
         (GOOD + GOOD, "two jobs have the name llama/llama-A3.gguf"),
         (GOOD + '[[model]]\nmodel = "qwen2"\nname = "llama"\ntargets = ["A2"]', "two models are called llama"),
     ],
@@ -209,6 +242,7 @@ def test_file_of_jobs(tmp_path):
         [[model]]
         model = "models/small"
         embedding-type = "A4"
+        spread = true
         targets = ["a3", "3.4bpw", "71MiB", { file = "x.gguf", fit-memory = "8GiB", seed = 4 }]
         [[model]]
         model = "org/name@v2"
@@ -226,6 +260,7 @@ def test_file_of_jobs(tmp_path):
         small | {"fit_memory": "8GiB", "seed": 4},
         shared | {"preset": "tiny"},
     ]
+    assert [job.spread for job in batch.jobs] == [True, True, True, True, None]
     assert [Path(job.out).name for job in batch.jobs] == [
         "small-a3.gguf",
         "small-3.4bpw.gguf",
