@@ -90,9 +90,11 @@ def _is_here(ray: Any, node: dict[str, Any]) -> bool:
 def _handlers_kept() -> Iterator[None]:
     """Ray puts a handler of its own in the place of this program's for SIGTERM."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class _Notes(io.TextIOBase):
