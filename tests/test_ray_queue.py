@@ -91,7 +91,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def plan(monkeypatch):
-    monkeypatch.setattr(ray_queue, "SHARE", 7000)
+    monkeypatch.setattr(ray_queue, "SHARE", 17000)
     return Plan("llama", dict(SHAPES), dict.fromkeys(SHAPES, "BF16"), dict.fromkeys(SHAPES, "A2"))
 
 
@@ -114,14 +114,12 @@ def test_shares_give_the_bytes_of_one_machine(plan, base):
         queue.add(None, ["b.weight"])
         assert ray.most == 2  # one runs, one waits
         queue.drain()
-    # 256, 256 and 88 rows of a with 40 of b after them, b alone, and 5 experts two by two.
+    # Pieces of 256 rows, the rest of a with b, and four of the five experts with one after them.
     assert [[t.shape for t in pickle.loads(task[5].value)] for task in ray.tasks] == [
         [(256, 128)],
         [(256, 128)],
-        [(88, 128)],
-        [(40, 128)],
-        [(2, 40, 64), (2, 24, 64)],
-        [(2, 40, 64), (2, 24, 64)],
+        [(88, 128), (40, 128)],
+        [(4, 40, 64), (4, 24, 64)],
         [(1, 40, 64), (1, 24, 64)],
         [(40, 128)],
     ]
@@ -139,10 +137,10 @@ def test_shares_give_the_bytes_of_one_machine(plan, base):
 
 def test_errors_name_the_tensor_and_what_to_do(plan, base):
     matrices = curvature(5, 64, 64)
-    matrices[3] *= -1
+    matrices[4] *= -1
     with (
         on_cluster(plan, base, Writer(), Ray()) as queue,
-        pytest.raises(AthenaError, match=r"tensor up.weight, expert 3: .* give more or other calibration text"),
+        pytest.raises(AthenaError, match=r"tensor up.weight, expert 4: .* give more or other calibration text"),
     ):
         queue.add(matrices, ["up.weight", "gate.weight"])
         queue.drain()
