@@ -16,7 +16,7 @@ from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows
-from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.plan import make_plan
 
 FREE = {"A2", "A3", "A4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16"}
@@ -193,6 +193,43 @@ def test_losses_are_those_of_whole_tensors(tiny_model, tiny_base, options, work,
                 assert of["A2"] > of["A3"] > of["A4"] > of["Q8_0"] > of["BF16"] == 0
     assert len(ratios) == 15
     assert min(ratios) > 0.6 and max(ratios) < 1.6 and np.mean(ratios) == pytest.approx(1, abs=0.1)
+
+
+def test_experts(runtime, text, tmp_path):
+    """Losses of samples of some experts against all experts, each under its own curvature; a file of a given size."""
+    model = tiny.make(tmp_path / "model", "Mixtral", num_local_experts=6, num_experts_per_tok=2)
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+    settings = {"calibration": (str(text),), "calibration_tokens": 1024, "device": "cpu", "work_dir": work}
+    convert(model, out, ConvertOptions(bpw=4.0, **settings))
+    losses = json.loads((work / "losses.json").read_text())["losses"]
+    ratios: dict[str, list[float]] = {"Q4_0": [], "A3": []}
+
+    def decoded(weight, matrix, kind):
+        if kind == "Q4_0":
+            return Tensor("", weight.shape, kind, quantize(weight, kind)).to_float32()
+        encoded = encode_matrix(torch.from_numpy(weight), matrix, TYPES[kind], EncodeOptions())
+        return decode_rows(TYPES[kind], encoded.data, weight.shape[1])
+
+    with GGUFFile(work / "base.gguf") as base, GGUFFile(out) as file:
+        kinds = {t.name: t.type_name for t in file if "exps" in t.name}
+        assert set(kinds.values()) & set(TYPES) and set(kinds.values()) <= FREE
+        assert 3.95 < 8 * sum(t.n_bytes for t in file) / file.n_elements <= 4.0
+        assert all(file.tensors[name].shape == base.tensors[name].shape for name in kinds)
+        for c in store.kept_curvatures(work / "curvature"):
+            if c.matrix.ndim == 2:
+                continue
+            assert sum(c.about.shares) == pytest.approx(1)
+            for name, square in zip(c.about.tensor_names, c.about.gradient_squares, strict=True):
+                assert losses[name]["A2"] > losses[name]["A3"] > losses[name]["A4"] > losses[name]["Q8_0"] > 0
+                for kind in ("Q4_0", "A3") if "blk.0" in name else ("Q4_0",):
+                    loss = 0.0
+                    for weight, h, share in zip(base.tensors[name].to_float32(), c.matrix, c.about.shares, strict=True):
+                        error = decoded(weight, h, kind) - weight
+                        whole = np.trace(error @ h.double().numpy() @ error.T)
+                        loss += share * square / 2 / len(weight) * whole
+                    ratios[kind].append(losses[name][kind] / loss)
+    assert len(ratios["Q4_0"]) == 6 and ratios["Q4_0"] == pytest.approx([1] * 6, abs=0.2)
+    assert len(ratios["A3"]) == 3 and min(ratios["A3"]) > 0.6 and max(ratios["A3"]) < 1.6
 
 
 def test_what_cannot_be_encoded_gets_a_standard_type(runtime, text, tmp_path, capsys):

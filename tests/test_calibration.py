@@ -125,7 +125,7 @@ def test_curvature_of_experts_is_that_of_the_definition(windows, monkeypatch):
     gradients = torch.autograd.grad(loss, [zero for *_, zero in seen])
     monkeypatch.undo()
     assert len(seen) == 8
-    squares = dict.fromkeys(names, 0.0)
+    squares = {name: np.zeros(4) for name in names}
     for (stacked, expert, x, _), gradient in zip(seen, gradients, strict=True):
         g, weight = gradient.double().numpy(), stacked[expert].double().numpy()
         readers = (
@@ -138,11 +138,13 @@ def test_curvature_of_experts_is_that_of_the_definition(windows, monkeypatch):
         for reader, rows in readers.items():
             power = np.square(weight[rows]).mean(1)
             norms = np.sqrt((np.square(g[:, rows]) * power / power.mean()).sum(1))
-            squares[f"blk.0.ffn_{reader}_exps.weight"] += np.square(np.minimum(norms, 10 * norms.mean())).sum()
+            squares[f"blk.0.ffn_{reader}_exps.weight"][expert] = np.square(np.minimum(norms, 10 * norms.mean())).sum()
     for curvature in found.values():
         assert curvature.about.tokens == windows.numel() and curvature.about.unreached == 0
         for name, square in zip(curvature.about.tensor_names, curvature.about.gradient_squares, strict=True):
-            assert square == pytest.approx(squares[name] / windows.numel(), rel=1e-4)
+            assert square == pytest.approx(squares[name].sum() / windows.numel(), rel=1e-4)
+        of_experts = sum(squares[name] for name in curvature.about.tensor_names)
+        np.testing.assert_allclose(curvature.about.shares, of_experts / of_experts.sum(), rtol=1e-4)
 
 
 def test_power_of_looked_up_rows_is_that_of_the_definition(model, layers, windows):

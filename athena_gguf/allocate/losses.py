@@ -11,7 +11,8 @@ Embeddings where they are looked up have the row's number for an input: with y_t
 
     1/2 mean_t |g_t|^2 |y_t|^2 / columns * |E|^2 / |W|^2
 
-A weight whose gradients were not measured counts as the average one, an expert as often as it is used.
+A weight whose gradients were not measured counts as the average one, an expert as often as it is used. Of a block's
+experts some are looked at, each with its own H, drawn by their share of mean_t |g_t|^2.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +36,18 @@ from athena_gguf.memory import cores
 if TYPE_CHECKING:
     import torch
 
-    from athena_gguf.calibration import LayerInput, Lookup
+    from athena_gguf.calibration import Curvature, LayerInput, Lookup
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode import EncodePool, Metric
     from athena_gguf.plan import Plan
 
-METHOD = 5  # raised when the same inputs give other losses
+METHOD = 6  # raised when the same inputs give other losses
 STANDARD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # those that gguf-py can make
 ROWS = 32  # encoded with each A type, at most
 SHARE = 24  # and at most one in so many
 FEWEST = 12  # but no fewer
 STANDARD_ROWS = 128  # made in each standard type, at most
+EXPERTS = 4  # of a block that are looked at, at most
 _CHUNK = 1 << 24  # weights looked at in one go
 
 Losses = dict[str, dict[str, float]]  # of a tensor's candidate types
@@ -89,17 +92,23 @@ def measure_losses(
                 losses[name] = result() | {plan.stored[name]: 0.0}
                 advance(plan.elements(name))
 
-        for matrix, names in _groups(plan, calibration):
-            metric = None
-            matrix = None if matrix is None else matrix.to(device)
-            if any(name in plan.fitting for name in names):
-                metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0], device)
+        for curvature, names in _groups(plan, calibration):
+            found: dict[str, list[tuple[float, Callable[[], dict[str, float]]]]] = {name: [] for name in names}
+            for expert, share, of in _parts(curvature, np.random.default_rng([seed, len(losses) + len(waiting)])):
+                metric, matrix = None, None if curvature is None else curvature.matrix[expert].to(device)
+                if any(name in plan.fitting for name in names):
+                    metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0], device)
+                for place, name in enumerate(names):
+                    number = [len(losses) + len(waiting) + place]
+                    tensor, sensitivity = base.tensors[name].flat, sensitivities[name]
+                    if isinstance(expert, int):
+                        tensor, sensitivity = _of_expert(base.tensors[name], sensitivity, expert)
+                        number.append(expert)
+                    rng = np.random.default_rng([seed, *number])
+                    kinds = candidates(plan, name)
+                    found[name].append((share, _start(tensor, kinds, sensitivity, matrix, metric, pool, rng, of)))
             for name in names:
-                rng = np.random.default_rng([seed, len(losses) + len(waiting)])
-                tensor = base.tensors[name].flat
-                waiting.append(
-                    (name, _start(tensor, candidates(plan, name), sensitivities[name], matrix, metric, pool, rng))
-                )
+                waiting.append((name, partial(_sum, found[name])))
                 # Three encodings a tensor: enough that no thread waits, and few curvatures are held in five forms.
                 collect(max(2, threads // 2))
         collect(0)
@@ -116,16 +125,43 @@ class _Sensitivity:
     powers: npt.NDArray[np.float64]
 
 
-def _groups(plan: Plan, calibration: Calibration) -> Iterator[tuple[torch.Tensor | None, list[str]]]:
+def _groups(plan: Plan, calibration: Calibration) -> Iterator[tuple[Curvature | None, list[str]]]:
     measured = set()
     for c in calibration.stream():
         names = [n for n in c.about.tensor_names if n in plan.shapes]
         measured.update(names)
         if names:
-            yield c.matrix if c.matrix.ndim == 2 else c.matrix.mean(0), names  # of all experts
+            yield c, names
     for name in plan.shapes:
         if name not in measured:
             yield None, [name]
+
+
+def _parts(curvature: Curvature | None, rng: np.random.Generator) -> list[tuple[Any, float, int]]:
+    """Which matrices of a curvature are looked at, the share of each, and how many there are; experts are drawn by
+    their share, evenly, if there are many. All that there is, where there is one matrix or none."""
+    if curvature is None or curvature.matrix.ndim == 2:
+        return [(..., 1.0, 1)]
+    shares = np.asarray(curvature.about.shares)
+    if len(shares) > EXPERTS:
+        drawn = np.searchsorted(np.cumsum(shares), (np.arange(EXPERTS) + rng.random()) / EXPERTS)
+        shares = np.bincount(drawn.clip(0, len(shares) - 1), minlength=len(shares)) / EXPERTS
+    those = np.flatnonzero(shares)
+    return [(int(expert), float(shares[expert]), len(those)) for expert in those]
+
+
+def _of_expert(tensor: Tensor, sensitivity: _Sensitivity, expert: int) -> tuple[Tensor, _Sensitivity]:
+    """As if it were the only one."""
+    experts, rows, columns = tensor.shape
+    one = Tensor(tensor.name, (rows, columns), tensor.type_name, tensor.data[expert])
+    powers = sensitivity.powers.reshape(experts, rows)[expert]
+    return one, _Sensitivity(sensitivity.output * experts, 0.0, powers)
+
+
+def _sum(parts: list[tuple[float, Callable[[], dict[str, float]]]]) -> dict[str, float]:
+    """The losses of parts of a tensor, each times its share."""
+    found = [(share, losses()) for share, losses in parts]
+    return {kind: sum(share * of[kind] for share, of in found) for kind in found[0][1]}
 
 
 def _sensitivities(base: GGUFFile, plan: Plan, inputs: list[LayerInput], lookup: Lookup) -> dict[str, _Sensitivity]:
@@ -178,18 +214,20 @@ def _start(
     metric: Metric | None,
     pool: EncodePool,
     rng: np.random.Generator,
+    of: int,
 ) -> Callable[[], dict[str, float]]:
-    """Begin with a tensor; what this returns waits for the losses of its types, without that of the stored one."""
+    """Begin with a tensor, or with one of as many experts as `of` says; what this returns waits for the losses of its
+    types, without that of the stored one."""
     import torch
 
     count = tensor.shape[0]
-    few = _spread(count, min(ROWS, max(FEWEST, count // SHARE)), rng)
+    few = _spread(count, -(-min(ROWS, max(FEWEST, of * count // SHARE)) // of), rng)
     encodings = {}
     if metric is not None:
         weight = torch.from_numpy(tensor.to_float32(few))
         encodings = {kind: pool.submit(weight, metric, TYPES[kind]) for kind in kinds if kind in TYPES}
 
-    some = _spread(count, STANDARD_ROWS, rng)
+    some = _spread(count, -(-STANDARD_ROWS // of), rng)
 
     def finish() -> dict[str, float]:
         found = {}

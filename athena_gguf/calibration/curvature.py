@@ -47,6 +47,7 @@ class LayerInput:
     columns: int
     mean_diagonal: float  # of the curvature
     unreached: int = 0  # experts that no token was sent to; those of the input have a curvature each
+    shares: tuple[float, ...] = ()  # of a block's experts: what each adds to `gradient_squares`, in parts of 1
 
 
 @dataclass
@@ -166,14 +167,15 @@ class _ExpertInputs:
                 pooled = torch.eye(len(pooled), device=pooled.device) * pooled.diagonal().mean()
             self.matrices[~reached] = pooled
         self.matrices[reached] /= totals[reached, None, None].float()
-        squares = torch.stack([part.sum_squares for part in self.parts]).sum(0) / self.tokens
+        squares = torch.stack([part.sum_squares for part in self.parts]) / self.tokens
         effective = [float(part.sum_u) ** 2 / float(part.sum_uu) for part in self.parts if float(part.sum_uu)]
         return _checked(
             self.matrices,
             self.names,
             tokens=self.tokens,
             effective_tokens=sum(effective) / len(effective),
-            gradient_squares=tuple(squares.tolist()),
+            gradient_squares=tuple(squares.sum(0).tolist()),
+            shares=tuple((squares.sum(1) / squares.sum()).tolist()),
             unreached=int((~reached).sum()),
         )
 

@@ -15,7 +15,7 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import remove_all_abandoned
 from athena_gguf.model.trust import MODEL_FILES
 
-METHOD = 5  # raised when the same inputs give another curvature
+METHOD = 6  # raised when the same inputs give another curvature
 
 Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
 
@@ -114,8 +114,8 @@ def _load(path: Path, columns: int):  # type: ignore[no-untyped-def]
 def _about(content: object) -> LayerInput | None:
     try:
         assert isinstance(content, dict)
-        content["tensor_names"] = tuple(content["tensor_names"])
-        content["gradient_squares"] = tuple(content["gradient_squares"])
+        for name in ("tensor_names", "gradient_squares", "shares"):
+            content[name] = tuple(content[name])
         return LayerInput(**content)
     except (AssertionError, KeyError, TypeError):
         return None
