@@ -11,7 +11,9 @@ import pytest
 import tiny_model as tiny
 
 import athena_gguf
+from athena_gguf.conversion import convert
 from athena_gguf.errors import AthenaError
+from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
 from athena_gguf.model.from_gguf import unpack_gguf, write_plain
 from athena_gguf.model.source import is_hub_id
@@ -157,6 +159,26 @@ def test_gguf_as_model(runtime, text, tmp_path):
     assert evaluate(out, plain, text, windows=1, threads=2).kld < 0.1
     with pytest.raises(AthenaError, match="is a GGUF file, and so its own base"):
         athena_gguf.convert(given, out, base=plain, **settings)
+
+
+def test_a_types_as_model(tiny_model, options, tmp_path, capfd):
+    """They are decoded as every other type is, with a warning, and nothing stays of what the first conversion said."""
+    pytest.importorskip("accelerate")
+    first, given, out, work = (tmp_path / name for name in ("first.gguf", "given.gguf", "out.gguf", "work"))
+    settings = {"type": "A4", "calibration_tokens": 256}
+    convert(tiny_model, first, options(embedding_type="A4", **settings))
+    assert "is quantized already" not in capfd.readouterr().err
+    write_quantized(first, given, {}, {"athena.predicted_kld": 0.5}, file_type=TYPES["A4"].file_type)
+    convert(given, out, options(base=None, work_dir=work, **settings))
+    assert f"warning: {given} is quantized already (" in capfd.readouterr().err
+    _, plain = unpack_gguf(given, work)
+    with GGUFFile(given) as source, GGUFFile(plain) as made, GGUFFile(out) as file:
+        assert {t.type_name for t in source if len(t.shape) == 2} == {"A4"}
+        for tensor in made:
+            assert tensor.type_name == ("BF16" if len(tensor.shape) == 2 else "F32")
+            np.testing.assert_allclose(tensor.to_float32(), source.tensors[tensor.name].to_float32(), rtol=2**-8)
+        assert not any(key.startswith("athena.") for key in made.metadata)
+        assert file.metadata["athena.embedding_type"] == "Q8_0" and "athena.predicted_kld" not in file.metadata
 
 
 def test_gguf_files_that_are_no_models(tiny_gguf, tmp_path):

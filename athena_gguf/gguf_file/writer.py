@@ -59,16 +59,16 @@ def write_quantized(
     base_path: Path | str,
     out_path: Path | str,
     replace: Mapping[str, Replacement],
-    metadata: Mapping[str, Value],
+    metadata: Mapping[str, Value | None],
     *,
     file_type: int,
 ) -> None:
     """Write `out_path` with the metadata and tensors of `base_path`, those named in `replace` with new type and data.
 
-    `metadata` is added (keys that exist are overwritten), `general.file_type` and `general.quantization_version` are
-    set. Tensors are made and written one after the other, in the base file's order. The same arguments give the same
-    bytes. `out_path` appears only when it is complete. Raises AthenaError if the base file cannot be read, a name is
-    not in it, a shape or type does not fit, or the disk has no room.
+    `metadata` is added (keys that exist are overwritten, or left out for None), `general.file_type` and
+    `general.quantization_version` are set. Tensors are made and written one after the other, in the base file's order.
+    The same arguments give the same bytes. `out_path` appears only when it is complete. Raises AthenaError if the base
+    file cannot be read, a name is not in it, a shape or type does not fit, or the disk has no room.
     """
     out_path = Path(out_path)
     with GGUFFile(base_path) as base:
@@ -85,7 +85,7 @@ def write_quantized(
                 _write_tensor(out, item, replace.get(item.tensor.name), base.alignment)
 
 
-def _changes(metadata: Mapping[str, Value], file_type: int) -> dict[str, Value]:
+def _changes(metadata: Mapping[str, Value | None], file_type: int) -> dict[str, Value | None]:
     return dict(metadata) | {
         "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
@@ -102,9 +102,9 @@ def _plan(base: GGUFFile, kinds: Mapping[str, str]) -> list[_Planned]:
     return planned
 
 
-def _header(base: GGUFFile, planned: list[_Planned], changes: Mapping[str, Value]) -> bytes:
-    fields = {key: field.packed for key, field in base.fields.items()}
-    fields |= {key: pack_value(value) for key, value in changes.items()}
+def _header(base: GGUFFile, planned: list[_Planned], changes: Mapping[str, Value | None]) -> bytes:
+    fields = {key: field.packed for key, field in base.fields.items() if changes.get(key, 0) is not None}
+    fields |= {key: pack_value(value) for key, value in changes.items() if value is not None}
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(planned), len(fields))]
     parts += [pack_string(key) + packed for key, packed in fields.items()]
     for item in planned:

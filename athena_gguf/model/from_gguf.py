@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ _KEPT = ("ffn_gate_inp", "position_embd", "token_types", "ssm_", "altup_", "laur
 def unpack_gguf(file: Path, work: Path) -> tuple[Path, Path]:
     """The model folder and the base file, in `work`, made of a GGUF file; what is there of the same file is used again.
 
-    Tensors are decoded to BF16 (F16 and BF16 ones stay), with the file's metadata and tokenizer. The folder is what
-    transformers makes of that. Raises AthenaError if the file cannot be read, or transformers does not know its
-    architecture in GGUF files.
+    Tensors are decoded to BF16 (F16 and BF16 ones stay), with the file's metadata and tokenizer; a warning says what
+    was quantized before. The folder is what transformers makes of that. Raises AthenaError if the file cannot be read,
+    or transformers does not know its architecture in GGUF files.
     """
     folder, base, mark = work / "model", work / "from-gguf.gguf", work / "from-gguf.json"
     stat = file.stat() if file.is_file() else None
     if stat is None:
         raise AthenaError(f"{file}: no such file")
+    _warn_of_quantized(file)
     key = [__version__, str(file.absolute()), stat.st_size, stat.st_mtime_ns]
     try:
         if json.loads(mark.read_text(encoding="utf-8")) == key and base.exists() and folder.is_dir():
@@ -61,7 +63,19 @@ def write_plain(file: Path, out: Path) -> None:
             if t.type_name not in _FLOATS
             or (plain and len(t.shape) > 1 and t.name.endswith(".weight") and not any(k in t.name for k in _KEPT))
         }
-        write_quantized(file, out, changed, {}, file_type=32)  # LLAMA_FTYPE_MOSTLY_BF16
+        # What an earlier conversion said of itself is not true of the next.
+        ours = dict.fromkeys(key for key in opened.metadata if key.startswith("athena."))
+        write_quantized(file, out, changed, ours, file_type=32)  # LLAMA_FTYPE_MOSTLY_BF16
+
+
+def _warn_of_quantized(file: Path) -> None:
+    with GGUFFile(file) as opened:
+        types = Counter(t.type_name for t in opened if t.type_name not in _FLOATS)
+    if types:
+        progress.note(
+            f"warning: {file} is quantized already ({', '.join(kind for kind, _ in types.most_common())}): what that "
+            "lost is lost, and the result is judged against what is left; the original model gives a better file"
+        )
 
 
 def _bfloat16(tensor: Tensor) -> Any:
