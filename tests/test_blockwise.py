@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import tiny_model as tiny
 import torch
@@ -10,7 +11,8 @@ import athena_gguf.calibration.blockwise as blockwise
 import athena_gguf.encode.finished as finished
 from athena_gguf.calibration import Lookup, measure_curvature
 from athena_gguf.calibration.shelf import Shelf
-from athena_gguf.conversion import convert
+from athena_gguf.conversion import ConvertOptions, convert
+from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
 from athena_gguf.model.experts import ExpertLayers
@@ -125,3 +127,22 @@ def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, option
     convert(tiny_model, out, settings)
     assert out.read_bytes() == whole.read_bytes()
     assert len(again) == 11 and made[0] in again and not set(made[1:]) & set(again)
+
+
+def test_experts_in_little_memory(runtime, text, tmp_path, short_windows, monkeypatch):
+    """A file as good; transformers computes experts in another order where none is watched, and last bits differ."""
+    by_blocks, measure = [], blockwise.measure_blockwise
+    monkeypatch.setattr(blockwise, "measure_blockwise", lambda *a, **k: by_blocks.append(a) or measure(*a, **k))
+    model = tiny.make(tmp_path / "model", "Mixtral", num_local_experts=3, num_experts_per_tok=2)
+    settings = {"calibration": (str(text),), "calibration_tokens": 512, "device": "cpu", "embedding_type": "Q8_0"}
+    files = [tmp_path / "whole.gguf", tmp_path / "blocks.gguf"]
+    convert(model, files[0], ConvertOptions(work_dir=tmp_path / "work", **settings))
+    assert not by_blocks
+    convert(model, files[1], ConvertOptions(base=tmp_path / "work" / "base.gguf", host_memory="1KiB", **settings))
+    assert len(by_blocks) == 1
+    with GGUFFile(files[0]) as whole, GGUFFile(files[1]) as blocks, GGUFFile(tmp_path / "work" / "base.gguf") as base:
+        assert {t.name: t.type_name for t in whole} == {t.name: t.type_name for t in blocks}
+        for tensor in (t for t in whole if t.type_name == "A3"):
+            weights = base.tensors[tensor.name].to_float32()
+            one, other = (np.square(t.to_float32() - weights).sum() for t in (tensor, blocks.tensors[tensor.name]))
+            assert other == pytest.approx(one, rel=0.1)
