@@ -25,7 +25,7 @@ from typing import Any
 from check_runs import free_port, running
 
 # nothing but the page is fetched, and the user's own browser is not touched
-BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,600"]
+BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,760"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
 ANSWER, WORKING = "[aria-label='Assistant message with actions']", "[aria-label='Stop generation']"
 
