@@ -62,5 +62,5 @@ def shortage_explained(what: str) -> Iterator[None]:
 def is_shortage(error: Exception) -> bool:
     """Whether this is what Python, torch or a thread without room for its stack raises when memory is short."""
     signs = ["can't allocate memory", "can't start new thread", "Cannot allocate memory", "bad_alloc"]
-    signs.append("could not create a primitive")  # oneDNN's
+    signs += ["could not create a primitive", "failed to map segment"]  # of oneDNN, and of what loads libraries
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
