@@ -2,6 +2,7 @@
 
 #include "athena-gemm.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 
 #if defined(ATHENA_HAVE_GEMM)
 
@@ -102,9 +103,10 @@ static void mul_mat_by_rows(const struct ggml_compute_params * params, struct gg
     }
     ggml_barrier(params->threadpool);
 
-    // threads that take few chunks each take one, for less to agree on
+    // Threads that would take few chunks each take one, for less to agree on. On several sockets they take the same rows
+    // every time, which lie in their own memory.
     int64_t chunk_rows = 64, row_chunks = div_up(rows, chunk_rows);
-    if (row_chunks*matrices < 4*params->nth) {
+    if (row_chunks*matrices < 4*params->nth || ggml_is_numa()) {
         chunk_rows = div_up(rows, params->nth);
         row_chunks = div_up(rows, chunk_rows);
     }
@@ -188,10 +190,11 @@ bool ggml_athena_mul_mat_id(const struct ggml_compute_params * params, struct gg
     athena_gemm_scratch * own = (athena_gemm_scratch *) align64(scratch) + params->ith;
     const size_t row_size = ggml_row_size(GGML_TYPE_Q8_A64, src1->ne[0]);
 
-    // rows of the matrix are shared out by tiles
-    const int64_t tiles = div_up(src0->ne[1], ATHENA_TILE_ROWS);
-    const int64_t begin = tiles*params->ith/params->nth*ATHENA_TILE_ROWS;
-    const int64_t end   = least(tiles*(params->ith + 1)/params->nth*ATHENA_TILE_ROWS, src0->ne[1]);
+    // rows of the matrix are shared out one by one, or by tiles
+    const int64_t unit  = n_rows < ATHENA_MIN_TOKENS ? 1 : ATHENA_TILE_ROWS;
+    const int64_t units = div_up(src0->ne[1], unit);
+    const int64_t begin = units*params->ith/params->nth*unit;
+    const int64_t end   = least(units*(params->ith + 1)/params->nth*unit, src0->ne[1]);
 
     const block_q8_a64 * y[ATHENA_GEMM_TOKENS];
     float * out[ATHENA_GEMM_TOKENS];
