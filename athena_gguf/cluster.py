@@ -1,4 +1,4 @@
-"""A Ray cluster: reaching it, and what a task of it takes."""
+"""A Ray cluster: reaching it, what a task of it takes, and what its errors mean here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from athena_gguf import progress
+from athena_gguf import __version__, progress
 from athena_gguf.errors import AthenaError
-from athena_gguf.memory import cores
+from athena_gguf.memory import cores, is_shortage
+
+RETRIES = 3  # of a task whose worker or machine is lost, or that the machine's memory had no room for
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,31 @@ class Cluster:
     cpus: int
     gpus: int
 
-    def slots(self) -> int:
-        """Tasks that run at once on the machines that are there now."""
-        return sum(int(node["Resources"].get("CPU", 0) // self.cpus) for node in _alive(self.ray))
+    def here(self) -> str:
+        """The id of this machine."""
+        return str(self.ray.get_runtime_context().get_node_id())
 
-    def elsewhere(self) -> bool:
-        """Whether there are other machines than this one."""
-        return any(not _is_here(self.ray, node) for node in _alive(self.ray))
+    def slots(self) -> dict[str, int]:
+        """Tasks that run at once on each of the machines that are there now and have room for one, by their ids."""
+        found = {node["NodeID"]: int(node["Resources"].get("CPU", 0) // self.cpus) for node in _alive(self.ray)}
+        return {node: count for node, count in found.items() if count}
+
+    def task_bytes(self) -> int:
+        """Memory that the smallest machine with room for a task has for tasks; 0 if it does not say."""
+        nodes = [node["Resources"] for node in _alive(self.ray)]
+        return int(min((n.get("memory", 0) for n in nodes if n.get("CPU", 0) >= self.cpus), default=0))
 
     def store_bytes(self) -> int:
-        """Room of the object store that this process fills: this machine's, or that of the smallest one."""
-        nodes = _alive(self.ray)
-        near = [node for node in nodes if _is_here(self.ray, node)] or nodes
-        return int(min(node["Resources"].get("object_store_memory", 0) for node in near))
+        """Room of the object store that this process fills: this machine's."""
+        here = self.here()
+        near = [node for node in _alive(self.ray) if node["NodeID"] == here]
+        return int(min((node["Resources"].get("object_store_memory", 0) for node in near), default=0))
 
 
 @contextmanager
 def connected(address: str, workers: int | None = None) -> Iterator[Cluster]:
-    """The cluster; what still runs there for this process at the end is ended.
+    """The cluster; what still runs there for this process at the end is ended. Until then what this process prints on
+    stdout becomes notes: Ray prints there that a worker died, and stdout is for results.
 
     `address`: of the cluster, "auto" for the one around, or "local" for a new one on this machine of `workers` workers
     with a processor each, as many as there are processors if None. Raises AthenaError if Ray is not installed, the
@@ -54,11 +63,13 @@ def connected(address: str, workers: int | None = None) -> Iterator[Cluster]:
         import ray
     except ImportError:
         raise AthenaError("--ray needs Ray: pip install 'athena-gguf[ray]'") from None
+    # Without it a task that the memory of no machine has room for is tried for ever. Read when the driver starts.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a trial tells nobody
         settings |= {"num_cpus": workers or cores(), "include_dashboard": False}
-    with redirect_stdout(_Notes()):
+    with redirect_stdout(_Notes()) as notes:
         try:
             with _handlers_kept():
                 ray.init(**settings)
@@ -72,18 +83,48 @@ def connected(address: str, workers: int | None = None) -> Iterator[Cluster]:
             cpus = 1 if address == "local" else min(processors)
             gpus = 1 if address != "local" and any(node.get("GPU") for node in nodes) else 0
             cluster = Cluster(ray, cpus, gpus)
-            progress.note(f"Ray: {len(nodes)} machines, {cluster.slots()} tasks at once of {cpus} processors")
+            at_once = sum(cluster.slots().values())
+            progress.note(f"Ray: {len(nodes)} machines, {at_once} tasks at once of {cpus} processors")
             yield cluster
         finally:
             ray.shutdown()
+            notes.end()
+
+
+def package() -> tuple[str, int]:
+    """What must be the same on every machine for files to be: the version and the number of the encoding's method."""
+    from athena_gguf.encode.finished import METHOD
+
+    return __version__, METHOD
+
+
+def check_package(sent: tuple[str, int]) -> None:
+    """On a worker: raises AthenaError unless `package()` here is what the driver has."""
+    if (found := package()) != tuple(sent):
+        there, here = (f"{version} (method {method})" for version, method in (sent, found))
+        raise AthenaError(
+            f"a machine of the Ray cluster has athena-gguf {here}, and the one that uses it {there}; install the same"
+        )
+
+
+def task_error(what: str, error: Any) -> AthenaError:
+    """What to raise for a RayTaskError of the task that did `what`."""
+    if isinstance(error.cause, AthenaError):
+        return error.cause
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    if isinstance(error.cause, Exception) and is_shortage(error.cause):
+        return AthenaError(f"{what}: a machine of the Ray cluster has not enough memory: {said}; give it fewer tasks")
+    return AthenaError(
+        f"{what}: its task on the Ray cluster failed: {said}; has every machine athena-gguf {__version__}?"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _alive(ray: Any) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _is_here(ray: Any, node: dict[str, Any]) -> bool:
-    return bool(node["NodeManagerAddress"] == ray.util.get_node_ip_address())
 
 
 @contextmanager
@@ -93,15 +134,31 @@ def _handlers_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        # None: of a handler that was not set from Python, which Python cannot set again.
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
 class _Notes(io.TextIOBase):
-    """Ray prints on stdout that a worker died; stdout is for results."""
+    """Every line that is written is a note, without its colours."""
+
+    def __init__(self) -> None:
+        self.begun = ""
+        self.lock = threading.Lock()  # Ray prints in a thread of its own
 
     def write(self, text: str) -> int:
-        for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-            if line.strip():
-                progress.note(line.strip())
+        with self.lock:
+            *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            self._note(line)
         return len(text)
+
+    def end(self) -> None:
+        """Say the last line if it did not end."""
+        with self.lock:
+            line, self.begun = self.begun, ""
+        self._note(line)
+
+    def _note(self, line: str) -> None:
+        if said := re.sub(r"\x1b\[[0-9;]*m", "", line).strip():
+            progress.note(said)

@@ -242,7 +242,7 @@ endif()
 """
 
 
-def test_web_page(tmp_path, checkout, patches, monkeypatch):
+def test_web_page(tmp_path, checkout, patches, monkeypatch, capsys):
     """Only where it is asked for; then it stays, and what npm needed does not."""
     folder, tools = tmp_path / "runtime", tmp_path / "tools"
     tools.mkdir()
@@ -273,6 +273,13 @@ def test_web_page(tmp_path, checkout, patches, monkeypatch):
     assert log.read_text() == "untouched"
     page.write_text("older")
     (patches / "src" / "ours.h").write_text('#define TEXT "changed"\n')
+    monkeypatch.setenv("FAILS", "1")
+    make.build(folder, checkout=checkout)  # the page is kept, and not taken for the new source's
+    assert "with the page of before" in capsys.readouterr().err
+    with pytest.raises(AthenaError, match="web page could not be built"):
+        make.build(folder, checkout=checkout, web_page=True)
+    assert page.read_text() == "older"
+    monkeypatch.delenv("FAILS")
     make.build(folder, checkout=checkout)
     assert page.read_text() == "<html></html>\n"
 

@@ -2,7 +2,7 @@
 
 Takes the base file and the curvature that `athena-gguf convert ... --work-dir DIR` left in DIR:
 
-    python tools/bench_ideas.py DIR [--type A3] [--blocks 2 15 28] [--ideas "low rank" ...]
+    python tools/bench_ideas.py DIR [--type A3] [--blocks 2 15 28] [--rows 192] [--ideas IDEA ...]
 
 The loss is tr(E H E^T), geometric mean over tensors, as a multiple of the encoder's own ("loss"). Ideas that store
 more are measured against what the same bits would bring in the type: between A2, A3 and A4 the loss falls by the same
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--type", default="A3", choices=list(TYPES))
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 15, 28])
     parser.add_argument("--rows", type=int, default=1 << 30, help="of every tensor, at most")
-    parser.add_argument("--ideas", nargs="+", default=list(IDEAS), help="some of: " + ", ".join(IDEAS))
+    parser.add_argument("--ideas", nargs="+", default=list(IDEAS), choices=list(IDEAS), metavar="IDEA")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kind = TYPES[args.type]

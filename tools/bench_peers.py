@@ -12,6 +12,7 @@ same command goes on where it was stopped.
 """
 
 import argparse
+import hashlib
 import json
 import struct
 import subprocess
@@ -43,11 +44,12 @@ def run(*command: object) -> str:
 
 def measured_importance(base: Path, texts: list[Path], tokens: int, work: Path) -> Path:
     """Mean squares of the inputs, by llama-imatrix, over the same number of tokens of every text."""
-    out = work / "inputs.imatrix"
+    name = hashlib.sha256(f"{base} {base.stat().st_mtime_ns} {texts} {tokens}".encode()).hexdigest()[:8]
+    out = work / f"inputs-{name}.imatrix"
     if not out.exists():
         parts = []
         for number, text in enumerate(texts):
-            parts.append(work / f"inputs.{number}.imatrix")
+            parts.append(work / f"inputs-{name}.{number}.imatrix")
             chunks = tokens // len(texts) // 512
             command = [binary("llama-imatrix"), "-m", base, "-f", text, "-c", 512, "--chunks", chunks]
             run(*command, "--output-format", "dat", "-o", parts[-1])
@@ -132,8 +134,12 @@ def main() -> None:
         numbers = f"{found.bytes / MIB:.1f} | {found.kld:.4f} ± {found.kld_error:.4f} | {found.ppl_ratio:.4f}"
         print(f"| {label} | {weights} | {bits:.3f} | {numbers} | {found.same_top:.3f} |", flush=True)
 
+    inputs = [args.windows, args.calibration_tokens, str(args.curvature)]
+    inputs += [(str(path), path.stat().st_mtime_ns) for path in (args.base, args.text, *args.calibration)]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
+
     def peer(label: str, quantizer: Path, kind: str, weights: str, tools: Path | None) -> None:
-        done = args.work / f"{label}-{weights}.json".replace(" ", "-")
+        done = args.work / f"{label}-{weights}-{key}.json".replace(" ", "-")
         if not done.exists():
             file = done.with_suffix(".gguf")
             quantize(quantizer, args.base, file, kind, importances[weights])

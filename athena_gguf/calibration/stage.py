@@ -239,13 +239,14 @@ class Stage:
     def _expert_bytes(self) -> tuple[int, int]:
         """Of the curvatures of a block's experts, and of the weights in float32 that read one of their inputs."""
         plan = self.plan
-        inputs: dict[tuple[int, tuple[int, int]], list[str]] = {}
+        inputs: dict[tuple[int, bool], list[str]] = {}  # what the experts are sent, and what is inside them
         for name in plan.curved:
-            found, shape = block_of(name), plan.shapes[name]
-            if found and len(shape) > 2:
-                inputs.setdefault((found[0], (shape[0], shape[-1])), []).append(name)
+            found = block_of(name)
+            if found and len(plan.shapes[name]) > 2:
+                inputs.setdefault((found[0], "down" in name), []).append(name)
         matrices: Counter[int] = Counter()
-        for block, (experts, columns) in inputs:
+        for (block, _), names in inputs.items():
+            experts, _, columns = plan.shapes[names[0]]
             matrices[block] += 4 * experts * columns**2
         weights = (4 * sum(map(plan.elements, names)) for names in inputs.values())
         return max(matrices.values(), default=0), max(weights, default=0)

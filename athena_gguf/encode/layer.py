@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,18 +29,25 @@ def encode_layer(
     with None, the identity; [experts, rows, columns] under [experts, columns, columns]. `kinds`: A types by name;
     `first_expert`: the number of the first, for errors. Raises AthenaError naming the tensor if a curvature is none.
     """
-    damping = pool.options.damping
     if matrix is not None and matrix.ndim > 2:
         weights = {tensor.name: tensor.to_torch(device) for tensor in tensors}
         types = {tensor.name: TYPES[kinds[tensor.name]] for tensor in tensors}
-        yield from encode_experts(pool, weights, types, matrix, damping, first_expert).items()
+        yield from encode_experts(pool, weights, types, matrix, pool.options.damping, first_expert).items()
         return
-    metric = layer_metric(matrix, tensors[0].columns, damping, tensors[0].name, device)
-    waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
-    for tensor in tensors:
-        waiting.append((tensor.name, pool.submit(tensor.to_torch(device), metric, TYPES[kinds[tensor.name]])))
-        if pool.gpu:  # one weight at a time on the device
-            name, result = waiting.popleft()
-            yield name, result()
-    for name, result in waiting:
+    started = start_layer(pool, matrix, tensors, kinds, device)
+    for name, result in started if pool.gpu else list(started):  # one weight at a time on the device
         yield name, result()
+
+
+def start_layer(
+    pool: EncodePool,
+    matrix: torch.Tensor | None,
+    tensors: Sequence[Tensor],
+    kinds: Mapping[str, str],
+    device: torch.device | str,
+) -> Iterator[tuple[str, Callable[[], Encoded]]]:
+    """As `encode_layer`, of tensors [rows, columns]: the encoding of each begins when it is asked for, and its call
+    waits for it."""
+    metric = layer_metric(matrix, tensors[0].columns, pool.options.damping, tensors[0].name, device, pool.threads)
+    for tensor in tensors:
+        yield tensor.name, pool.submit(tensor.to_torch(device), metric, TYPES[kinds[tensor.name]])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from athena_gguf.encode.horizon import band
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import LANES
+from athena_gguf.memory import cores
 
 if TYPE_CHECKING:
     import torch
 
 
-_WIDE = 4096  # columns from which a factorization is worth all cores, whatever else they do
+_WIDE = 4096  # columns from which a factorization is worth all threads, whatever else they do
 _SMALL = 512  # columns up to which a triangular matrix is inverted by LAPACK's substitution
 
 
@@ -47,8 +47,9 @@ class Metric:
     steps] the inverse of that block. All on the device of the curvature.
     """
 
-    def __init__(self, curvature: torch.Tensor, damping: float) -> None:
-        """`curvature` [columns, columns], symmetric, columns a multiple of 64; `damping`: of its mean diagonal.
+    def __init__(self, curvature: torch.Tensor, damping: float, threads: int | None = None) -> None:
+        """`curvature` [columns, columns], symmetric, columns a multiple of 64; `damping`: of its mean diagonal;
+        `threads`: for wide ones on the CPU, None for all processors that this process may use.
 
         Raises ValueError if it is not positive semidefinite.
         """
@@ -63,18 +64,18 @@ class Metric:
         self.plain = curvature.float().clone()
         self.plain.diagonal().add_(damp)
         self.h = self.plain[self.order][:, self.order]
-        self.upper = _inverse_factor(self.h)
+        self.upper = _inverse_factor(self.h, threads)
         blocks = (LANES, self.steps, LANES, self.steps)
         self.passing = Lanes(self.upper.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-        self.sweeping = Lanes(_inverse_factor(self.h.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1)))
+        self.sweeping = Lanes(_inverse_factor(self.h.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1), threads))
         self.lane_inverses = self.sweeping.factor.mT @ self.sweeping.factor
 
     @classmethod
-    def identity(cls, columns: int, device: torch.device | str = "cpu") -> Metric:
+    def identity(cls, columns: int, device: torch.device | str = "cpu", threads: int | None = None) -> Metric:
         """For weights without a curvature: plain squared error."""
         import torch
 
-        return cls(torch.eye(columns, device=device), 0.0)
+        return cls(torch.eye(columns, device=device), 0.0, threads)
 
 
 def layer_metric(
@@ -83,16 +84,19 @@ def layer_metric(
     damping: float,
     tensor_name: str,
     device: torch.device | str = "cpu",
+    threads: int | None = None,
 ) -> Metric:
-    """Of the curvature of a tensor's input on `device`, plain squared error if there is none. Raises AthenaError naming
-    the tensor if the curvature is not positive semidefinite."""
+    """Of the curvature of a tensor's input on `device`, plain squared error if there is none. `threads`: as of Metric.
+    Raises AthenaError naming the tensor if the curvature is not positive semidefinite."""
     try:
-        return Metric.identity(columns, device) if curvature is None else Metric(curvature.to(device), damping)
+        if curvature is None:
+            return Metric.identity(columns, device, threads)
+        return Metric(curvature.to(device), damping, threads)
     except ValueError as error:
         raise AthenaError(f"tensor {tensor_name}: {error}; give more or other calibration text") from error
 
 
-def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
+def _inverse_factor(h: torch.Tensor, wide_threads: int | None) -> torch.Tensor:
     """Upper triangular U with U^T U = h^-1, of one matrix or a batch; float32, computed in float64.
 
     The factor of h with rows and columns reversed is, reversed again, an upper triangular M with M M^T = h; U is its
@@ -102,7 +106,7 @@ def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
 
     threads = torch.get_num_threads()
     if h.shape[-1] >= _WIDE and h.device.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(wide_threads or cores())
     try:
         lower, failed = torch.linalg.cholesky_ex(h.flip(-2, -1).double())
         if failed.any():

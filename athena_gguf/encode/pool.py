@@ -30,7 +30,7 @@ class EncodePool:
         """Raises AthenaError if the device is a GPU for which kernels cannot be made."""
         import torch
 
-        self.options, self.gpu = options, torch.device(device).type == "cuda"
+        self.options, self.threads, self.gpu = options, threads, torch.device(device).type == "cuda"
         # The initializer runs in every worker thread: torch's thread count is kept per thread.
         self.executor = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
         self.workers = self.executor

@@ -57,8 +57,10 @@ def encode_tensors(
         if cluster is not None:
             from athena_gguf.encode.ray_queue import RayQueue
 
-            return RayQueue(plan, base, settings, writer, cluster)
-        return _GpuQueue(plan, base, settings, writer, devices) if on_gpu else _CpuQueue(plan, base, settings, writer)
+            return RayQueue(plan, base, settings, writer, cluster, measures=devices[0].type == "cpu")
+        if on_gpu:
+            return _GpuQueue(plan, base, settings, writer, devices, overlap)
+        return _CpuQueue(plan, base, settings, writer)
 
     with (
         GGUFFile(base_path) as base,
@@ -78,10 +80,7 @@ def encode_tensors(
                     queue.add(None, [name])
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
-        # What works on this machine's CPU would share it with the measurement, and both would wait for each other.
-        beside = cluster.elsewhere() if cluster is not None else on_gpu and overlap
-        pause = (lambda: None) if beside else queue.drain
-        for curvature in calibration.stream(known, pause):
+        for curvature in calibration.stream(known, queue.pause):
             names = [name for name in curvature.about.tensor_names if name in needed]
             if names:
                 with timed("encoding"):
@@ -144,6 +143,9 @@ class Queue(AbstractContextManager["Queue"], Protocol):
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
         """Start with tensors that read an input of this curvature, once there is room."""
 
+    def pause(self) -> None:
+        """Wait until nothing is done that would take processors or memory from a measurement, which begins after it."""
+
     def drain(self) -> None:
         """Wait until everything that was added is done."""
 
@@ -154,9 +156,8 @@ class _CpuQueue:
     def __init__(self, plan: Plan, base: GGUFFile, settings: EncodeOptions, writer: Writer) -> None:
         from athena_gguf.encode import EncodePool
 
-        self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
-        self.threads = cores()
-        self.pool = EncodePool(settings, self.threads)
+        self.plan, self.base, self.writer = plan, base, writer
+        self.pool = EncodePool(settings, cores())
         self.waiting: deque[tuple[str, Callable[[], Encoded]]] = deque()
 
     def __enter__(self) -> _CpuQueue:
@@ -168,30 +169,28 @@ class _CpuQueue:
 
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
         """Start with tensors that read an input of this curvature."""
-        from athena_gguf.encode import layer_metric
-        from athena_gguf.encode.layer import encode_layer
+        from athena_gguf.encode.layer import encode_layer, start_layer
         from athena_gguf.encode.pool import PIECE
-        from athena_gguf.format import TYPES
 
+        tensors = [self.base.tensors[name] for name in names]
         if matrix is not None and matrix.ndim > 2:
             self.drain()
-            tensors = [self.base.tensors[name] for name in names]
             for name, encoded in encode_layer(self.pool, matrix, tensors, self.plan.encoded, "cpu"):
                 self.writer.put(name, encoded)
             return
-        columns = self.plan.shapes[names[0]][-1]
-        metric = layer_metric(matrix, columns, self.settings.damping, names[0])
-        for name in names:
-            weight = self.base.tensors[name].to_torch("cpu")
-            self.waiting.append((name, self.pool.submit(weight, metric, TYPES[self.plan.encoded[name]])))
+        for started in start_layer(self.pool, matrix, tensors, self.plan.encoded, "cpu"):
+            self.waiting.append(started)
             # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
-            self._collect(min(4 * self.threads * PIECE * columns, IN_FLIGHT))
+            self._collect(min(4 * self.pool.threads * PIECE * tensors[0].columns, IN_FLIGHT))
 
     def _collect(self, elements: int) -> None:
         """Wait until at most so many elements are in flight."""
         while sum(self.plan.elements(name) for name, _ in self.waiting) > elements:
             name, result = self.waiting.popleft()
             self.writer.put(name, result())
+
+    def pause(self) -> None:
+        self.drain()
 
     def drain(self) -> None:
         self._collect(0)
@@ -201,14 +200,20 @@ class _GpuQueue:
     """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do."""
 
     def __init__(
-        self, plan: Plan, base: GGUFFile, settings: EncodeOptions, writer: Writer, devices: Sequence[torch.device]
+        self,
+        plan: Plan,
+        base: GGUFFile,
+        settings: EncodeOptions,
+        writer: Writer,
+        devices: Sequence[torch.device],
+        overlap: bool,
     ) -> None:
         import torch
 
         from athena_gguf.encode import EncodePool
 
-        self.plan, self.base, self.settings, self.writer = plan, base, settings, writer
-        self.devices = devices
+        self.plan, self.base, self.writer = plan, base, writer
+        self.devices, self.overlap = devices, overlap
         # Threads that use it first at the same time fail.
         torch.linalg.cholesky(torch.eye(2, device=devices[0]))
         self.pools = [EncodePool(settings, 1, device) for device in devices]
@@ -255,6 +260,10 @@ class _GpuQueue:
         with torch.cuda.device(self.devices[at]):
             for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, self.devices[at]):
                 self.writer.put(name, encoded)
+
+    def pause(self) -> None:
+        if not self.overlap:
+            self.drain()
 
     def drain(self) -> None:
         for jobs in self.jobs:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from athena_gguf import progress
 from athena_gguf.model.checkpoint import Checkpoint
 from athena_gguf.model.linear import LinearLayer
 from athena_gguf.model.load import check_model_dir, quiet_transformers
@@ -170,7 +171,10 @@ def open_blocks(
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         layers = model.get_decoder().layers
         pieces = parameter_pieces(model, checkpoint.shapes)
-    except Exception:  # whatever a model unlike these makes transformers raise
+    except Exception as error:  # whatever a model unlike these, or another transformers, raises
+        progress.note(f"the model cannot be run block by block, and is loaded whole: {type(error).__name__}: {error}")
+        return None
+    if getattr(config, "quantization_config", None):  # weights that are nothing without their scales
         return None
     # Tied weights are one parameter, listed once, under the name that the checkpoint has or its twin.
     tied = dict(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {})

@@ -73,14 +73,18 @@ def build(
             return binary_dir(folder)
         stamp.unlink(missing_ok=True)
         _compile(cmake, folder, tree, targets, jobs, tests or any(name in done for name in TESTS))
-        built = {*targets, *done} - ({PAGE} if not has_web_page(folder) else set())
+        log = folder / "build.log"
+        trouble = _page_trouble(folder, log) if PAGE in targets else None
+        built = {*targets, *done} - ({PAGE} if trouble else set())
         stamp.write_text(json.dumps({"key": key, "targets": sorted(built)}))
-        if PAGE in targets and PAGE not in built:
-            log = folder / "build.log"
-            raise AthenaError(
-                f"llama-server's web page could not be built: {_npm_error(log)} (all of it: {log}); it needs Node.js "
-                "20.19 or newer and npm's registry. Everything else is built"
+        if trouble:
+            said = (
+                f"llama-server's web page could not be built: {trouble} (all of it: {log}); it needs Node.js 20.19 or "
+                "newer and npm's registry. Everything else is built"
             )
+            if web_page:
+                raise AthenaError(said)
+            progress.note(f"warning: {said}, with the page of before")
         return binary_dir(folder)
 
 
@@ -169,12 +173,14 @@ def _first_error(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def _npm_error(log: Path) -> str:
-    """The step that failed, and npm's first error."""
+def _page_trouble(folder: Path, log: Path) -> str | None:
+    """Why the page is not there, or an older one: the step that failed, and npm's first error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     failed = [line.removeprefix("-- ") for line in lines if re.search(r"UI: npm .*(failed|not found|missing)", line)]
     errors = [line for line in lines if re.match(r"(--\s+stderr:\s*)?npm (error|ERR!)", line)]
-    return "; ".join([*failed[:1], *errors[:1]]) or "npm made no page"
+    if failed or not has_web_page(folder):
+        return "; ".join([*failed[:1], *errors[:1]]) or "npm made no page"
+    return None
 
 
 def _machine() -> str:
