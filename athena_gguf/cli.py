@@ -60,7 +60,7 @@ app.add_typer(runtime_app, name="runtime")
 
 RuntimeDir = Annotated[
     Path | None,
-    typer.Option("--dir", help="Folder of the runtime. [default: $ATHENA_GGUF_RUNTIME or the user's cache folder]"),
+    typer.Option("--dir", help="Folder of the runtime. \\[default: $ATHENA_GGUF_RUNTIME or the user's cache folder]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[
@@ -93,7 +93,7 @@ BaseLogits = Annotated[
         help="Keep the base file's logits here and use them again (large: 512 bytes x windows x vocabulary).",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. [default: all cores]")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. \\[default: all cores]")]
 
 
 def _version(wanted: bool) -> None:
@@ -119,7 +119,9 @@ def runtime_build(
     archive: Annotated[
         Path | None, typer.Option("--archive", help="The pinned source archive, if it is downloaded already.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at once. [default: cores]")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at once. \\[default: cores]")
+    ] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Also build llama.cpp's tests of the tensor types.")] = False,
     web_page: Annotated[
         bool,
@@ -161,7 +163,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_name: Annotated[
-        str | None, typer.Option("--type", help="A2, A3 or A4 for all linear layers. [default: A3, without a target]")
+        str | None, typer.Option("--type", help="A2, A3 or A4 for all linear layers. \\[default: A3, without a target]")
     ] = None,
     bpw: Annotated[
         float | None, typer.Option("--bpw", help="Target: bits a weight over all tensors, such as 3.4.")
@@ -174,7 +176,7 @@ def convert(
         typer.Option("--fit-memory", help="Target: memory to run in, such as 8GiB: the file, a KV cache and a margin."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="Tokens of the KV cache of --fit-memory. [default: 4096]")
+        int | None, typer.Option("--context", min=1, help="Tokens of the KV cache of --fit-memory. \\[default: 4096]")
     ] = None,
     preset: Annotated[
         str | None,
@@ -188,35 +190,38 @@ def convert(
     ] = False,
     calibration: Annotated[
         list[str] | None,
-        typer.Option("--calibration", metavar="FILE|self", help="Text to calibrate on; repeatable. [default: self]"),
+        typer.Option("--calibration", metavar="FILE|self", help="Text to calibrate on; repeatable. \\[default: self]"),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. [default: 98304]")
+        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304]")
     ] = None,
     embedding_type: Annotated[
         str | None,
-        typer.Option("--embedding-type", help="Type of the embeddings. [default: Q8_0; with a target, what suits it]"),
+        typer.Option(
+            "--embedding-type", help="Type of the embeddings. \\[default: Q8_0; with a target, what suits it]"
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     gpu_memory: Annotated[
         str | None,
-        typer.Option("--gpu-memory", help="What may be taken of the GPU's memory, as 12GiB. [default: what is free]"),
+        typer.Option("--gpu-memory", help="What may be taken of the GPU's memory, as 12GiB. \\[default: what is free]"),
     ] = None,
     host_memory: Annotated[
         str | None,
         typer.Option(
-            "--host-memory", help="Memory that the model and its activations may take. [default: most of what is free]"
+            "--host-memory",
+            help="Memory that the model and its activations may take. \\[default: most of what is free]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the calibration text and the rows sampled.")] = 0,
     tune: Annotated[
         bool | None,
         typer.Option(
-            "--tune/--no-tune", help="Train scales and norms on the model's predictions. [default: with a GPU only]"
+            "--tune/--no-tune", help="Train scales and norms on the model's predictions. \\[default: with a GPU only]"
         ),
     ] = None,
     work_dir: Annotated[
-        Path | None, typer.Option("--work-dir", help="Folder for what further conversions can use. [default: none]")
+        Path | None, typer.Option("--work-dir", help="Folder for what further conversions can use. \\[default: none]")
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="The model's BF16 GGUF, if there is one already.")] = None,
     report: Annotated[
@@ -368,7 +373,7 @@ def batch(
     jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs (docs/batch.md).")],
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-j", min=1, help="Models at once. [default: 1; as many as a cluster takes]"),
+        typer.Option("--workers", "-j", min=1, help="Models at once. \\[default: 1; as many as a cluster takes]"),
     ] = None,
     ray: Annotated[
         str | None,
@@ -421,7 +426,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     context: Annotated[int, typer.Option("--context", "-c", min=8, help="Tokens of context.")] = 4096,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest.")] = 0.8,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the sampling. [default: random]")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the sampling. \\[default: random]")] = None,
     threads: Threads = None,
 ) -> None:
     """Answer a prompt: the answer on stdout, the speed on stderr."""
@@ -449,6 +454,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 def main() -> None:
     """The console script. A polite request to end is handled as Ctrl-C, so that temporary files are removed."""
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        # what is ignored stays so: nohup
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), _interrupt)
     app()

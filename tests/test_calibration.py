@@ -230,6 +230,21 @@ def test_the_model_writes_its_own_text(tiny_model):
     assert not torch.equal(some, self_generated_windows(model, tokenizer, 5 * 24, 24, seed=2, batch=2))
 
 
+def test_an_interruption_does_not_wait_for_whole_windows(tiny_model):
+    model = load_model(tiny_model, torch.device("cpu"), torch.float32)
+    steps = []
+
+    def interrupt(tokens):
+        steps.append(tokens)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        self_generated_windows(
+            model, load_tokenizer(tiny_model), 6 * 48, 48, seed=1, batch=2, threads=3, advance=interrupt
+        )
+    assert len(steps) <= 3  # a step of every thread, of 46
+
+
 def test_kept_curvature_is_found_again_only_under_its_key(model, layers, windows, tmp_path):
     measured, asked = [], []
 

@@ -31,6 +31,27 @@ def test_help(arguments):
     assert len(arguments) == 1 or f"athena-gguf {arguments[0]} " in result.stdout.partition("Examples:")[2]
 
 
+def test_help_names_defaults_that_are_not_values(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    said = CliRunner().invoke(cli.app, ["convert", "--help"]).stdout
+    for default in ("98304", "with a GPU only", "A3, without a target"):
+        assert f"[default: {default}]" in said
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_hanging_up_ends_what_is_not_under_nohup(ignored):
+    """The console script in a process of its own, which says how it takes the signal."""
+    code = (
+        "import signal, sys; from athena_gguf import cli\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
+        "cli.app = lambda: signal.raise_signal(signal.SIGHUP)\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode == 0) == ignored
+    assert ("KeyboardInterrupt" in done.stderr) != ignored
+
+
 def test_help_and_inspect_import_nothing_heavy(tiny_gguf):
     code = (
         "import sys; from athena_gguf import cli; from athena_gguf.report.inspection import inspect_file\n"

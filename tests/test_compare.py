@@ -91,6 +91,12 @@ def test_swapped_files_are_noticed(runtime, tiny_base, files, text, capfd):
     assert "swapped" not in capfd.readouterr().err
 
 
+def test_a_missing_file_is_said_before_the_others_are_measured(tiny_base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("athena_gguf.report.comparison.evaluate", None)
+    with pytest.raises(AthenaError, match=r"none\.gguf: No such file"):
+        athena_gguf.compare([tiny_base, tmp_path / "none.gguf"], tiny_base, text)
+
+
 def test_model_card(tiny_model, tiny_base, runtime, text, tmp_path):
     """Two conversions, one card; licence and language are the model's own."""
     pytest.importorskip("matplotlib")

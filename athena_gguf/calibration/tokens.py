@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,9 +71,11 @@ def self_generated_windows(
         raise AthenaError("the model's own predictions are NaN or Inf; check its weights")
     likely = logits.topk(min(4096, len(logits))).indices
     count = max(1, tokens // length)
-    lock = Lock()
+    lock, stopped = Lock(), Event()
 
     def count_tokens(done: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
         with lock:
             advance(done)
 
@@ -93,6 +95,7 @@ def self_generated_windows(
     try:
         return torch.cat(list(pool.map(write, starts)))
     finally:
+        stopped.set()  # an interruption does not wait for whole windows
         pool.shutdown(cancel_futures=True)
 
 

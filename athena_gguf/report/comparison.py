@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.report.evaluate import DEFAULT_WINDOWS, Evaluation, evaluate
 from athena_gguf.report.speed import Speed, measure_speeds
 
@@ -82,6 +83,8 @@ def compare(
     """
     if not files:
         raise AthenaError("give at least one file to compare with the base file")
+    for file in (base, *files):  # before the first is measured, which takes minutes
+        GGUFFile(file).close()
     with tempfile.TemporaryDirectory(prefix="athena-compare-") as scratch:
         logits = base_logits or Path(scratch, "logits")
         found = [evaluate(f, base, text, windows=windows, base_logits=logits, threads=threads) for f in files]
