@@ -12,6 +12,7 @@ Form = Literal["text", "quiet", "json"]
 Advance = Callable[[float], None]
 
 _LINE_SECONDS = 20.0  # between two plain lines of one bar
+_TELLING = 0.05  # share done from which the time left is more than a guess: kernels are compiled at first
 _EVENT_SECONDS = 1.0  # between two JSON lines of one bar
 _WARNING = "warning: "
 _form: Form = "text"
@@ -145,7 +146,8 @@ def _reports(total: float, start: float, pause: float, say: Callable[[float, flo
 
 
 def _line(name: str, share: float, seconds: float, left: float) -> None:
-    note(f"{name}: {100 * share:.0f}% after {seconds:.0f} s, about {left:.0f} s left")
+    told = f", about {left:.0f} s left" if share >= _TELLING else ""
+    note(f"{name}: {100 * share:.0f}% after {seconds:.0f} s{told}")
 
 
 def _progress(name: str, done: float, total: float, seconds: float, left: float) -> None:

@@ -40,7 +40,7 @@ def test_base_has_the_weights(tiny_model, tiny_base):
 
 
 def test_no_model(tmp_path):
-    refused(tmp_path / "absent", tmp_path, "absent: no such directory")
+    refused(tmp_path / "absent", tmp_path, "absent: no such folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, r"config\.json")
 

@@ -267,7 +267,7 @@ def test_activations_not_finite(tiny_model, options, tmp_path):
 
 def test_no_model(tiny_model, options, tmp_path):
     out = tmp_path / "out.gguf"
-    refused(tmp_path / "absent", out, options(base=None), "absent: no such directory")
+    refused(tmp_path / "absent", out, options(base=None), "absent: no such folder")
     model = shutil.copytree(tiny_model, tmp_path / "model")
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-100])

@@ -17,7 +17,8 @@ def check_model_dir(model_dir: Path) -> None:
     """Raises AthenaError unless `model_dir` is a directory with a config.json."""
     if not model_dir.is_dir():
         raise AthenaError(
-            f"{model_dir}: no such directory; give the folder of a Hugging Face model (`hf download` fetches one)"
+            f"{model_dir}: no such folder; give a Hugging Face model, its folder or its name on the hub (org/name), or a "
+            "GGUF file"
         )
     if not (model_dir / "config.json").is_file():
         raise AthenaError(f"{model_dir}: no config.json in it; give the folder of a Hugging Face model")

@@ -141,7 +141,8 @@ def print_evaluation(
         values = {k: v if math.isfinite(v) else None for k, v in asdict(result).items()}  # JSON has no NaN
         print(json.dumps(values, indent=1, allow_nan=False))
         return
-    print(f"KL divergence   {result.kld:.6f} ± {result.kld_error:.6f}  (median {result.kld_median:.6f})")
+    kld = round(result.kld, 6) + 0.0  # no -0
+    print(f"KL divergence   {kld:.6f} ± {result.kld_error:.6f}  (median {result.kld_median:.6f})")
     print(f"perplexity      {result.ppl:.4f}, base {result.ppl_base:.4f}, ratio {result.ppl_ratio:.4f}")
     print(f"same top token  {100 * result.same_top:.2f}%")
     print(f"size            {result.bytes / 1024**2:.2f} MiB, {result.bpw:.3f} bits a weight")
