@@ -17,7 +17,7 @@ def check_model_dir(model_dir: Path) -> None:
     """Raises AthenaError unless `model_dir` is a directory with a config.json."""
     if not model_dir.is_dir():
         raise AthenaError(
-            f"{model_dir}: no such folder; give a Hugging Face model, its folder or its name on the hub (org/name), or a "
+            f"{model_dir}: no such folder; give a Hugging Face model: its folder, its name on the hub (org/name) or a "
             "GGUF file"
         )
     if not (model_dir / "config.json").is_file():
