@@ -38,6 +38,11 @@ class Cluster:
         found = {node["NodeID"]: int(node["Resources"].get("CPU", 0) // self.cpus) for node in _alive(self.ray)}
         return {node: count for node, count in found.items() if count}
 
+    def machines(self) -> list[str]:
+        """The ids of the machines that are there now and have room for a job."""
+        alive = {node["NodeID"]: node["Resources"] for node in _alive(self.ray)}
+        return [node for node in self.slots() if alive.get(node, {}).get("GPU", 0) >= self.gpus]
+
     def task_bytes(self) -> int:
         """Memory that the smallest machine with room for a task has for tasks; 0 if it does not say."""
         nodes = [node["Resources"] for node in _alive(self.ray)]

@@ -125,6 +125,8 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
     check_report(options.report, options.report_text)
+    if options.ray is not None and options.dry_run:
+        progress.note("--ray does nothing with --dry-run, which encodes samples only, here")
     stages = Stages()
     with (
         shortage_explained(str(out)),

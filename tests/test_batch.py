@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.jobs import Job, read_batch, run_batch, state
-from athena_gguf.jobs.spec import STATE
+from athena_gguf.jobs.batch import _run
+from athena_gguf.jobs.process import Attempt
+from athena_gguf.jobs.spec import STATE, Batch
 
 finds_processes = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds processes in /proc")
 FAMILIES = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 32})}
@@ -53,27 +56,45 @@ def count(events, event, text):
     return sum(e["event"] == event and text in (e.get("text") or e.get("stage")) for e in events)
 
 
+@contextlib.contextmanager
 def kill_when(victim):
-    """A thread that kills the first process that `victim` finds; what it killed."""
-    killed = []
+    """Kills the first process that `victim` finds in the meantime; what it killed."""
+    killed, over = [], threading.Event()
 
     def watch():
-        while not killed:
-            if pid := victim():
-                killed.append(pid)
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        while not killed and not over.wait(0.02):
+            with contextlib.suppress(ProcessLookupError):
+                if pid := victim():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
-    threading.Thread(target=watch, daemon=True).start()
-    return killed
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
 
 
-def job_process(file):
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_ours(pid):
+    """Whether this process started it, or one that did."""
+    while pid > 1 and pid != os.getpid():
+        pid = parent(pid)
+    return pid == os.getpid()
+
+
+def job_process(folder, file):
     """The process of a job: the one whose stderr is the job's log."""
+    log = str((folder / "files" / STATE / f"{file}.log").resolve())
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
-            if b"athena_gguf.jobs.child" in command and os.readlink(process / "fd" / "2").endswith(f"/{file}.log"):
+            if b"athena_gguf.jobs.child" in command and os.readlink(process / "fd" / "2") == log:
                 return int(process.name)
         except OSError:
             continue
@@ -96,11 +117,12 @@ def test_six_jobs_one_bad_one_killed_worker(folder, ray_cluster):
 
     def worker():
         """The cluster's worker that runs the job: the parent of its process."""
-        if said(folder, "qwen2-A3.gguf", "curvature of the loss") and (child := job_process("qwen2-A3.gguf")):
-            return int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        if said(folder, "qwen2-A3.gguf", "curvature of the loss") and (child := job_process(folder, "qwen2-A3.gguf")):
+            with contextlib.suppress(OSError):
+                return parent(child)
 
-    killed = kill_when(worker)
-    result = CliRunner().invoke(cli.app, ["batch", str(path), "--ray", ray_cluster, "--json"])
+    with kill_when(worker) as killed:
+        result = CliRunner().invoke(cli.app, ["batch", str(path), "--ray", ray_cluster, "--json"])
     assert result.exit_code == cli.FAILED_JOBS, result.output
     report = {Path(job["file"]).name: job for job in json.loads(result.stdout)["jobs"]}
     assert json.loads((folder / "files" / STATE / "report.json").read_text()) == json.loads(result.stdout)
@@ -152,7 +174,7 @@ def test_jobs_end_with_the_batch(folder):
     path = write(folder, {"llama": ["A2"]})
     command = [sys.executable, "-c", "from athena_gguf.cli import main; main()", "batch", str(path), "--quiet"]
     batch = subprocess.Popen(command)
-    while (child := job_process("llama-A2.gguf")) is None:
+    while (child := job_process(folder, "llama-A2.gguf")) is None:
         assert batch.poll() is None
         time.sleep(0.05)
     batch.kill()
@@ -165,8 +187,8 @@ def test_jobs_end_with_the_batch(folder):
 @finds_processes
 def test_a_killed_job_is_started_once_more(folder):
     path = write(folder, {"llama": ["A3"]}, head='out = "files"')
-    killed = kill_when(lambda: said(folder, "llama-A3.gguf", "start") and job_process("llama-A3.gguf"))
-    report = run_batch(path)
+    with kill_when(lambda: said(folder, "llama-A3.gguf", "start") and job_process(folder, "llama-A3.gguf")) as killed:
+        report = run_batch(path)
     assert [(job.status, job.attempts) for job in report.jobs] == [("done", 2)] and len(killed) == 1, report.table()
     assert (folder / "files" / "llama-A3.gguf").exists()
     assert not (folder / "files" / STATE / "work").exists()  # nobody asked to keep it
@@ -180,11 +202,11 @@ def test_machines_share_the_encoding_of_one_model(folder, ray_cluster):
     def worker():
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (process / "cmdline").read_bytes().startswith(b"ray::_encode"):
+                if (process / "cmdline").read_bytes().startswith(b"ray::_encode") and is_ours(int(process.name)):
                     return int(process.name)
 
-    killed = kill_when(worker)
-    report = run_batch(path, ray=ray_cluster)
+    with kill_when(worker) as killed:
+        report = run_batch(path, ray=ray_cluster)
     assert [(job.status, job.attempts) for job in report.jobs] == [("done", 1)] and len(killed) == 1, report.table()
     assert count(log(folder, "llama-A3.gguf"), "note", "Ray: 2 machines") == 1
     alone = ConvertOptions(
@@ -196,6 +218,48 @@ def test_machines_share_the_encoding_of_one_model(folder, ray_cluster):
     )
     convert(folder / "llama", folder / "alone.gguf", alone)
     assert (folder / "files" / "llama-A3.gguf").read_bytes() == (folder / "alone.gguf").read_bytes()
+
+
+class Machines:
+    """A pool of three machines whose jobs end when they are let; `most`: that were spread at once."""
+
+    def __init__(self):
+        self.spread, self.most, self.names, self.shared = [], 0, [], []
+
+    def spreads(self, models):
+        return models < self.machines()
+
+    def machines(self):
+        return 3
+
+    def submit(self, job):
+        future = Future()
+        self.names.append(job.name)
+        if not job.spread:
+            future.set_result(Attempt(1.0, message="bad"))
+            return future
+        self.shared.append(job.name)
+        self.spread.append(future)
+        self.most = max(self.most, len(self.spread))
+        threading.Timer(0.05, self.end, [future]).start()
+        return future
+
+    def end(self, future):
+        self.spread.remove(future)
+        future.set_result(Attempt(1.0, message="bad"))
+
+
+def test_a_machine_has_one_job_that_is_spread(tmp_path):
+    """Others pass those that wait; jobs are spread by themselves once models are fewer than machines."""
+    jobs = [Job(f"{i}", f"model {i}", "", f"{i}.gguf", "", {}, spread=True) for i in range(7)]
+    jobs.append(Job("other", "other", "", "other.gguf", "", {}))
+    pool = Machines()
+    reports = _run(Batch(tmp_path, tmp_path, True, tuple(jobs)), jobs, pool, len(jobs))
+    assert pool.most == 3 and reports.keys() == {job.name for job in jobs}
+    assert pool.names[:4] == ["0", "1", "2", "other"]
+    pool = Machines()
+    _run(Batch(tmp_path, tmp_path, True, tuple(jobs)), [replace(job, spread=None) for job in jobs[:4]], pool, 1)
+    assert pool.shared == ["2", "3"]
 
 
 GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'

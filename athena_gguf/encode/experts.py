@@ -42,8 +42,8 @@ def encode_experts(
     for expert, matrix in enumerate(matrices):
         collect(0 if pool.gpu else IN_FLIGHT)
         device = weights[first].device
-        name = f"{first}, expert {first_expert + expert}"
-        metric = layer_metric(matrix, matrix.shape[-1], damping, name, device, pool.threads)
+        about = f"{first}, expert {first_expert + expert}"
+        metric = layer_metric(matrix, matrix.shape[-1], damping, about, device, pool.threads)
         for name, weight in weights.items():
             waiting.append((name, pool.submit(weight[expert], metric, kinds[name])))
     collect(0)

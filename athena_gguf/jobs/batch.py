@@ -41,6 +41,8 @@ def run_batch(path: Path, *, workers: int | None = None, ray: str | None = None)
         to_do = [job for job in batch.jobs if job.name not in kept]
         if kept:
             progress.note(f"{len(kept)} of {len(batch.jobs)} files are there already")
+        if ray is None and any(job.spread for job in to_do):
+            progress.note("spread = true does nothing without --ray: there are no other machines")
         if to_do:
             limit = workers or (1 if ray in (None, "local") else len(to_do))
             pool: Pool = LocalPool(batch.state, limit) if ray is None else RayPool(batch.state, limit, ray)
@@ -56,7 +58,7 @@ def run_batch(path: Path, *, workers: int | None = None, ray: str | None = None)
 
 
 def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, JobReport]:
-    """One job of every model at a time, and up to `limit` models."""
+    """One job of every model at a time, up to `limit` models, and one job that is spread for every machine."""
     queues: dict[str, deque[Job]] = {}
     for job in jobs:
         queues.setdefault(job.group, deque()).append(job)
@@ -65,14 +67,21 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, Job
     waiting = deque(queues.values())
     running: dict[Future[Attempt], Job] = {}
 
-    def begin(queue: deque[Job]) -> None:
-        job = queue[0]
-        if job.spread is None:
-            job = replace(job, spread=pool.spreads(len(running) + len(waiting) + 1))
-        running[pool.submit(job)] = job
+    def begin() -> None:
+        """Every job that there is room for, in order."""
+        for queue in list(waiting):
+            if len(running) >= limit:
+                return
+            job = queue[0]
+            if job.spread is None:
+                job = replace(job, spread=pool.spreads(len(running) + len(waiting)))
+            spread = sum(bool(other.spread) for other in running.values())
+            if job.spread and spread >= max(1, pool.machines()):
+                continue
+            waiting.remove(queue)
+            running[pool.submit(job)] = job
 
-    while waiting and len(running) < limit:
-        begin(waiting.popleft())
+    begin()
     with progress.bar(f"batch of {len(jobs)} jobs", len(jobs)) as advance:
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -95,9 +104,8 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, Job
                 queue = queues[job.group]
                 queue.popleft()
                 if queue:
-                    begin(queue)
-                elif waiting:
-                    begin(waiting.popleft())
+                    waiting.appendleft(queue)
+                begin()
     return reports
 
 

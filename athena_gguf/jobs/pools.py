@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, Protocol
 
-from athena_gguf.cluster import connected
+from athena_gguf.cluster import check_package, connected, first_line, package, task_error
 from athena_gguf.jobs.process import Attempt, Process
 from athena_gguf.jobs.spec import Job
 
@@ -19,6 +20,9 @@ from athena_gguf.jobs.spec import Job
 class Pool(Protocol):
     def spreads(self, models: int) -> bool:
         """Whether a job is best encoded by several machines while so many models are not finished."""
+
+    def machines(self) -> int:
+        """How many there are, each of which has room for one job that is spread."""
 
     def submit(self, job: Job) -> Future[Attempt]: ...
 
@@ -43,6 +47,9 @@ class LocalPool:
 
     def spreads(self, models: int) -> bool:
         return False
+
+    def machines(self) -> int:
+        return 1
 
     def submit(self, job: Job) -> Future[Attempt]:
         return self._threads.submit(self._run, job)
@@ -75,8 +82,8 @@ class RayPool:
     """Jobs as tasks of a Ray cluster whose machines share the folders of the batch.
 
     A job takes the processors of the smallest machine, and a GPU where there are any. One that is spread
-    (`Job.spread`) takes no processors, and its encoding those of all machines. `address`, `workers`: as of
-    athena_gguf.cluster.connected, which says what is raised.
+    (`Job.spread`) takes no processors, and its encoding those of all machines; of such jobs a machine has one.
+    `address`, `workers`: as of athena_gguf.cluster.connected, which says what is raised.
     """
 
     def __init__(self, state: Path, workers: int, address: str) -> None:
@@ -84,30 +91,47 @@ class RayPool:
         self._cluster = self._connection.enter_context(connected(address, workers))
         self._ray = self._cluster.ray
         self._refs: list[Any] = []
+        self._spread: dict[Any, str] = {}  # the machines of running jobs that are spread
 
     def spreads(self, models: int) -> bool:
-        return not self._cluster.gpus and models < self._cluster.slots()
+        return not self._cluster.gpus and models < self.machines()
+
+    def machines(self) -> int:
+        return len(self._cluster.machines())
 
     def submit(self, job: Job) -> Future[Attempt]:
-        # A machine that it held could not encode, and if all of them held one, none could.
-        cpus, placed = (0, "SPREAD") if job.spread else (self._cluster.cpus, "DEFAULT")
-        settings = {"num_cpus": cpus, "num_gpus": self._cluster.gpus, "scheduling_strategy": placed, "max_retries": 0}
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        settings: dict[str, Any] = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus, "max_retries": 0}
+        machine = self._free_machine() if job.spread else None
+        if machine is not None:
+            # Processors that it held could not encode, and if every machine held one, none could.
+            placed = NodeAffinitySchedulingStrategy(machine, soft=True)
+            settings |= {"num_cpus": 0, "scheduling_strategy": placed}
         task = self._ray.remote(**settings)(_attempt)
-        reference = task.remote(job, str(self._state))
+        reference = task.remote(package(), asdict(job), str(self._state))
         self._refs.append(reference)
+        if machine is not None:
+            self._spread[reference] = machine
         future: Future[Attempt] = Future()
 
         def deliver(inner: Future[Attempt]) -> None:
+            self._spread.pop(reference, None)
             error = inner.exception()
             if error is None:
                 future.set_result(inner.result())
             elif isinstance(error, self._ray.exceptions.RayTaskError):
-                future.set_exception(error)
+                future.set_result(Attempt(0.0, message=str(task_error(job.name, error))))
             else:  # the worker died, or its machine
-                future.set_result(Attempt(0.0, message=f"its worker was lost: {_first_line(error)}", killed=True))
+                future.set_result(Attempt(0.0, message=f"its worker was lost: {first_line(error)}", killed=True))
 
         reference.future().add_done_callback(deliver)
         return future
+
+    def _free_machine(self) -> str | None:
+        """The one with the fewest jobs that are spread; None if all machines are gone."""
+        held = Counter(list(self._spread.values()))
+        return min(self._cluster.machines(), key=lambda machine: held[machine], default=None)
 
     def stop(self) -> None:
         for reference in self._refs:
@@ -115,14 +139,12 @@ class RayPool:
         self._connection.close()
 
 
-def _attempt(job: Job, state: str) -> Attempt:
+def _attempt(sent: tuple[str, int], fields: dict[str, Any], state: str) -> Attempt:
     """On a worker, whose cluster a job that is spread reaches under the address that this machine knows."""
+    check_package(sent)
+    job = Job(**fields)
     if job.spread:
         import ray
 
         job = replace(job, settings=job.settings | {"ray": ray.get_runtime_context().gcs_address})
     return Process(job, Path(state)).run()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
