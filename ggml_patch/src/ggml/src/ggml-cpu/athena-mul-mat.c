@@ -53,6 +53,11 @@ size_t ggml_athena_wdata_size(int n_tasks, const struct ggml_tensor * node) {
     return scratch + size_of_panels(node->src[1]) - ggml_row_size(GGML_TYPE_Q8_A64, ggml_nelements(node->src[1]));
 }
 
+// The activations of one token of matrix number i.
+static const char * first_activation(const struct ggml_tensor * src1, int64_t i, int64_t token) {
+    return (const char *) src1->data + token*src1->nb[1] + i % src1->ne[2]*src1->nb[2] + i/src1->ne[2]*src1->nb[3];
+}
+
 // The share of one thread in making panels of the activations.
 static void quantize(const struct ggml_compute_params * params, const struct ggml_tensor * src1, athena_panel * panels) {
     const int64_t groups = src1->ne[0]/ATHENA_GROUP;
@@ -62,9 +67,8 @@ static void quantize(const struct ggml_compute_params * params, const struct ggm
         const int64_t group  = i % groups;
         const int64_t matrix = i/panels_of_matrix(src1);
         const int64_t token  = i % panels_of_matrix(src1)/groups*ATHENA_PANEL;
-        const char * x = (const char *) src1->data + matrix % src1->ne[2]*src1->nb[2] + matrix/src1->ne[2]*src1->nb[3] +
-            token*src1->nb[1] + group*ATHENA_GROUP*sizeof(float);
-        ggml_athena_quantize_panel((const float *) x, src1->nb[1], (int) least(src1->ne[1] - token, ATHENA_PANEL), &panels[i]);
+        const float * x = (const float *) first_activation(src1, matrix, token) + group*ATHENA_GROUP;
+        ggml_athena_quantize_panel(x, src1->nb[1], (int) least(src1->ne[1] - token, ATHENA_PANEL), &panels[i]);
     }
 }
 
@@ -93,9 +97,8 @@ static void mul_mat_by_rows(const struct ggml_compute_params * params, struct gg
     const int64_t end = all*(params->ith + 1)/params->nth;
     for (int64_t i = all*params->ith/params->nth; i < end;) {
         const int64_t row = i/groups, group = i % groups, n = least(end - i, groups - group);
-        const int64_t matrix = row/tokens;
-        const char * x = (const char *) src1->data + row % tokens*src1->nb[1] + matrix % src1->ne[2]*src1->nb[2] + matrix/src1->ne[2]*src1->nb[3];
-        quantize_row_q8_a64((const float *) x + group*ATHENA_GROUP, y + i, n*ATHENA_GROUP);
+        const float * x = (const float *) first_activation(src1, row/tokens, row % tokens) + group*ATHENA_GROUP;
+        quantize_row_q8_a64(x, y + i, n*ATHENA_GROUP);
         i += n;
     }
     if (params->ith == 0) {
