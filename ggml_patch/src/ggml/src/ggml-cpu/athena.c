@@ -46,13 +46,6 @@ void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, c
 #if defined(ATHENA_HAVE_AVX2)
 
 #define ATHENA_DEFINE_DOT(type) \
-    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
-        ATHENA_UNUSED_STRIDES; \
-        athena_carry carry = ATHENA_ROW_START(type); \
-        athena_sink  sink  = athena_dot_sink(vy); \
-        ATHENA_ROW(type)(n, vx, &carry, &sink); \
-        *s = athena_total(&sink); \
-    } \
     static void dot_rows_##type(int n, const uint8_t * x, size_t stride, int64_t rows, const block_q8_a64 * y, float * out) { \
         for (int64_t r = 0; r < rows; r++, x += stride) { \
             athena_carry carry = ATHENA_ROW_START(type); \
@@ -60,6 +53,10 @@ void ggml_vec_dot_a4_q8_a64_generic(int n, float * GGML_RESTRICT s, size_t bs, c
             ATHENA_ROW(type)(n, x, &carry, &sink); \
             out[r] = athena_total(&sink); \
         } \
+    } \
+    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
+        ATHENA_UNUSED_STRIDES; \
+        dot_rows_##type(n, vx, 0, 1, vy, s); \
     }
 
 ATHENA_DEFINE_DOT(a2)
@@ -73,14 +70,14 @@ void quantize_row_q8_a64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, 
 #elif defined(ATHENA_HAVE_NEON)
 
 #define ATHENA_DEFINE_DOT(type, TYPE) \
-    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
-        ATHENA_UNUSED_STRIDES; \
-        *s = athena_dot_neon(TYPE, &athena_tables_##type, n, vx, vy); \
-    } \
     static void dot_rows_##type(int n, const uint8_t * x, size_t stride, int64_t rows, const block_q8_a64 * y, float * out) { \
         for (int64_t r = 0; r < rows; r++, x += stride) { \
             out[r] = athena_dot_neon(TYPE, &athena_tables_##type, n, x, y); \
         } \
+    } \
+    void ggml_vec_dot_##type##_q8_a64(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
+        ATHENA_UNUSED_STRIDES; \
+        dot_rows_##type(n, vx, 0, 1, vy, s); \
     }
 
 ATHENA_DEFINE_DOT(a2, GGML_TYPE_A2)
