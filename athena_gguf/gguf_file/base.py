@@ -3,12 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
+from athena_gguf.model import converter
 from athena_gguf.model.load import check_model_dir
 from athena_gguf.model.trust import check_model_files, check_model_size, runs_code
 
@@ -27,12 +27,10 @@ def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | 
 
     tree = source_tree(runtime_dir)
     with temporary_beside(out_path) as temporary, tempfile.TemporaryFile() as said:
-        guard = [] if runs_code() else ["-m", "athena_gguf.model.no_code"]
-        command = [sys.executable, *guard, str(tree / "convert_hf_to_gguf.py")]
-        command.append(str(model_dir.absolute()))
-        command += ["--outtype", "bf16", "--outfile", str(temporary)]
+        arguments = [str(model_dir.absolute()), "--outtype", "bf16", "--outfile", str(temporary)]
+        process = converter.command(tree / "convert_hf_to_gguf.py", runs_code())
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
-        result = subprocess.run(command, stdout=said, stderr=said, env=environment)
+        result = subprocess.run(process + arguments, stdout=said, stderr=said, env=environment)
         if result.returncode:
             said.seek(0)
             raise AthenaError(f"{model_dir} cannot be converted: {_reason(said.read().decode(errors='replace'))}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from athena_gguf.bfloat16 import to_bfloat16
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import types
 
@@ -34,6 +35,8 @@ def quantize(values: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.
         return plain.reshape(*values.shape[:-1], width)
     import gguf
 
+    if type_name == "BF16":
+        return to_bfloat16(values, gguf.quants.BF16.quantize_blocks)
     kind = gguf.GGMLQuantizationType[type_name]
     out = gguf.quants.quantize(values, kind).view(np.uint8)
     return out.reshape(*values.shape[:-1], width)

@@ -1,0 +1,180 @@
+"""The process that runs llama.cpp's converter, as it is, in less time and without a model's own code:
+
+    python -m athena_gguf.model.converter [--trust-remote-code] SCRIPT ARGUMENT ...
+
+The converter loads some tokenizers with `trust_remote_code=True`, which is refused here unless the option is given. It
+rounds to BF16 by a dozen NumPy operations on 64-bit integers, and makes a tensor only when the one before is in the
+file. Here torch rounds, to the same bytes, and tensors are made in threads while others are written. What of gguf-py
+this replaces is replaced only if it is as expected; otherwise the converter runs as slowly as on its own.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from athena_gguf.ahead import ahead
+from athena_gguf.bfloat16 import to_bfloat16
+from athena_gguf.memory import cores, host_bytes
+
+_TRUST = "--trust-remote-code"
+_BYTES = 6  # that a tensor takes while it is made, for each of its own: float32, a permuted copy of that, BF16
+_MOST_BYTES = 8 << 30  # of all tensors that are made ahead of their turn
+
+
+def command(script: Path, trust: bool) -> list[str]:
+    """How to start this process with the converter `script`; its arguments follow."""
+    return [sys.executable, "-m", __name__, *([_TRUST] if trust else []), str(script)]
+
+
+def main() -> None:
+    from athena_gguf.model import no_code
+
+    arguments = sys.argv[1:]
+    if arguments[0] == _TRUST:
+        arguments = arguments[1:]
+    else:
+        no_code.forbid()
+    script = Path(arguments[0])
+    sys.argv = arguments
+    sys.path[0] = str(script.parent)
+    hasten(script.parent / "gguf-py")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def hasten(gguf_py: Path) -> None:
+    """Make the gguf-py in this folder, which the converter will import, faster where it is as expected."""
+    if "gguf" in sys.modules or not (gguf_py / "gguf" / "__init__.py").is_file():
+        return
+    sys.path.insert(1, str(gguf_py))
+    try:
+        import gguf
+        from gguf import quants
+
+        round_faster(quants)
+        make_ahead(gguf.GGUFWriter, gguf.LazyNumpyTensor)
+    except Exception:  # whatever comes of another version; the converter will find in it what it needs itself
+        pass
+
+
+def round_faster(quants: Any) -> None:
+    """Have the module gguf.quants round to BF16 by `to_bfloat16`, if that gives the same bytes as it does itself."""
+    by_rows, bfloat16 = quants._apply_over_grouped_rows, quants.BF16
+    kind, used = bfloat16.qtype, []
+
+    def grouped(func: Any, arr: Any, *args: Any, **kwargs: Any) -> Any:
+        if func != bfloat16.quantize_rows:
+            return by_rows(func, arr, *args, **kwargs)
+        used.append(True)
+        return to_bfloat16(arr.astype(np.float32, copy=False), bfloat16.quantize_blocks)
+
+    samples = _float32_samples()
+    expected = [quants.quantize(values, kind) for values in samples]
+    quants._apply_over_grouped_rows = grouped
+    try:
+        found = [quants.quantize(values, kind) for values in samples]
+        same = len(used) == len(samples) and all(map(np.array_equal, found, expected))
+    except Exception:  # whatever another version's way of calling it leads to
+        same = False
+    if not same:
+        quants._apply_over_grouped_rows = by_rows
+
+
+def _float32_samples() -> list[npt.NDArray[np.float32]]:
+    """Every upper half of a float32, with lower halves at, beside and between the points where rounding changes: those
+    of positive numbers, of negative ones, and NaN, which are rounded in another way."""
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    upper = np.arange(1 << 16, dtype=np.uint32)
+    values = ((upper[:, None] << 16) | lower).view(np.float32)
+    negative, nan = np.signbit(values), np.isnan(values)
+    return [values[~negative & ~nan], values[negative & ~nan], values[nan]]
+
+
+def make_ahead(writer: Any, lazy: Any) -> None:
+    """Have the class gguf.GGUFWriter make tensors of the class gguf.LazyNumpyTensor in threads before it writes them,
+    which it does in the order of its list."""
+    write, tofile = writer.write_tensors_to_file, lazy.tofile
+    expected: deque[Any] = deque()
+    made: Generator[Any, None, None]
+
+    def write_made(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        nonlocal made
+        try:
+            listed = (info.tensor for tensors in self.tensors for info in tensors.values())
+            expected.extend(tensor for tensor in listed if type(tensor) is lazy)
+            tasks = _tasks(lazy, expected)
+        except AttributeError:  # another version's
+            expected.clear()
+            return write(self, *args, **kwargs)
+        # torch's thread count is kept per thread.
+        made = ahead(tasks, cores(), min(_MOST_BYTES, host_bytes() // 4), partial(torch.set_num_threads, 1))
+        del tasks  # and with it what was made, once it is written
+        try:
+            return write(self, *args, **kwargs)
+        finally:
+            made.close()
+            expected.clear()
+
+    def tofile_made(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if expected and expected[0] is self:
+            expected.popleft()
+            return next(made).tofile(*args, **kwargs)
+        return tofile(self, *args, **kwargs)
+
+    writer.write_tensors_to_file, lazy.tofile = write_made, tofile_made
+
+
+def _tasks(lazy: Any, tensors: Iterable[Any]) -> list[tuple[int, Callable[[], Any]]]:
+    """What makes each of the tensors. One that is computed from the same parts as others waits for those before it,
+    since they keep what they computed in their parts, and might change it in place."""
+    latest: dict[int, Event] = {}  # of the last tensor that is computed from a part
+    tasks: list[tuple[int, Callable[[], Any]]] = []
+    for tensor in tensors:
+        parts, done = _parts(lazy.__base__, tensor), Event()
+        before = {event for part in parts if (event := latest.get(part)) is not None}
+        latest |= dict.fromkeys(parts, done)
+        tasks.append((_BYTES * tensor.nbytes, partial(_make, lazy, tensor, before, done)))
+    return tasks
+
+
+def _parts(base: Any, tensor: Any) -> set[int]:
+    """Identities of the tensor and of all lazy tensors that it is computed from, which their arguments hold."""
+    found: set[int] = set()
+    left = [tensor]
+    while left:
+        item = left.pop()
+        if isinstance(item, list | tuple):
+            left.extend(item)
+        elif isinstance(item, base) and id(item) not in found:
+            found.add(id(item))
+            left.append(item._args)
+    return found
+
+
+def _make(lazy: Any, tensor: Any, before: set[Event], done: Event) -> Any:
+    import torch
+
+    for event in before:
+        event.wait()
+    try:
+        with torch.inference_mode():  # as in the converter; it too is kept per thread
+            array = lazy.to_eager(tensor)
+        tensor._args = ()  # what it was computed from is needed no more
+        return array
+    finally:
+        done.set()
+
+
+if __name__ == "__main__":
+    main()
