@@ -3,20 +3,26 @@
 import math
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from athena_gguf.ahead import ahead
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import types
 from athena_gguf.gguf_file.atomic import atomic_write, require_space
 from athena_gguf.gguf_file.layout import MAGIC, VERSION, Value, pack_string, pack_value
 from athena_gguf.gguf_file.reader import GGUFFile, Tensor
+from athena_gguf.memory import cores
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
+_BYTES = 4  # that a tensor takes while it is made, at most, for each of its own: float32 of what becomes BF16
+_MOST_BYTES = 2 << 30  # of all tensors that are made ahead of their turn
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def write_quantized(
     """Write `out_path` with the metadata and tensors of `base_path`, those named in `replace` with new type and data.
 
     `metadata` is added (keys that exist are overwritten, or left out for None), `general.file_type` and
-    `general.quantization_version` are set. Tensors are made and written one after the other, in the base file's order.
+    `general.quantization_version` are set. Tensors are written in the base file's order, and made ahead in threads.
     The same arguments give the same bytes. `out_path` appears only when it is complete. Raises AthenaError if the base
     file cannot be read, a name is not in it, a shape or type does not fit, or the disk has no room.
     """
@@ -79,10 +85,11 @@ def write_quantized(
         header = _header(base, planned, _changes(metadata, file_type))
         total = len(header) + (planned[-1].offset + planned[-1].size + base.alignment if planned else 0)
         require_space(out_path.parent, total, str(out_path))
-        with atomic_write(out_path) as out:
+        tasks = [(_BYTES * item.size, partial(_data, item, replace.get(item.tensor.name))) for item in planned]
+        with atomic_write(out_path) as out, closing(ahead(tasks, cores(), _MOST_BYTES)) as made:
             out.write(header)
-            for item in planned:
-                _write_tensor(out, item, replace.get(item.tensor.name), base.alignment)
+            for data in made:
+                _write_tensor(out, data, base.alignment)
 
 
 def _changes(metadata: Mapping[str, Value | None], file_type: int) -> dict[str, Value | None]:
@@ -115,7 +122,12 @@ def _header(base: GGUFFile, planned: list[_Planned], changes: Mapping[str, Value
     return header + bytes(-len(header) % base.alignment)
 
 
-def _write_tensor(out: BinaryIO, item: _Planned, change: Replacement | None, alignment: int) -> None:
+def _write_tensor(out: BinaryIO, data: npt.NDArray[np.uint8], alignment: int) -> None:
+    out.write(data.data)
+    out.write(bytes(-data.nbytes % alignment))
+
+
+def _data(item: _Planned, change: Replacement | None) -> npt.NDArray[np.uint8]:
     tensor = item.tensor
     data = tensor.data if change is None else change.data()
     shape = (*tensor.shape[:-1], types.row_bytes(item.type_name, tensor.columns))
@@ -124,5 +136,4 @@ def _write_tensor(out: BinaryIO, item: _Planned, change: Replacement | None, ali
             f"tensor {tensor.name}: {item.type_name} data must be bytes of shape {list(shape)}, not {data.dtype} of "
             f"shape {list(data.shape)}"
         )
-    out.write(np.ascontiguousarray(data).data)
-    out.write(bytes(-item.size % alignment))
+    return np.ascontiguousarray(data)
