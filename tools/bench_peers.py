@@ -2,13 +2,15 @@
 
     python tools/bench_peers.py BASE.gguf WORK --text TEXT --calibration TEXT [--calibration TEXT]
         [--curvature DIR] [--ik BUILD/bin] [--files A3.gguf ...] [--types IQ3_S ...]
+    python tools/bench_peers.py BASE.gguf WORK --text TEXT --types --files A3.gguf autoround-Q3_K.gguf
 
 Token embeddings are Q8_0 throughout. llama.cpp's types are made by its llama-quantize (built by `athena-gguf runtime
 build`) with an importance matrix of the calibration texts, which its llama-imatrix measures; with --curvature also with
 the diagonal of the curvature that `athena-gguf convert --work-dir DIR` left in DIR, in place of the mean squares of the
 inputs. --ik: the folder of ik_llama.cpp's llama-quantize and llama-perplexity, for its own types. --files: others to
-compare, made by `athena-gguf convert --type`. Files are removed after they were measured; results stay in WORK, and the
-same command goes on where it was stopped.
+compare, made by `athena-gguf convert --type` or by other programs, named in the table; `--types` without any compares
+only these, and needs no calibration text. Made files are removed after they were measured; results stay in WORK, and
+the same command goes on where it was stopped.
 """
 
 import argparse
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
     parser.add_argument("--windows", type=int, default=60)
-    parser.add_argument("--calibration", type=Path, action="append", default=[], required=True)
+    parser.add_argument("--calibration", type=Path, action="append", default=[])
     parser.add_argument("--calibration-tokens", type=int, default=98304)
     parser.add_argument("--curvature", type=Path)
     parser.add_argument("--types", nargs="*", default=list(TYPES))
@@ -119,10 +121,15 @@ def main() -> None:
     parser.add_argument("--ik-types", nargs="*", default=list(IK_TYPES))
     parser.add_argument("--files", type=Path, nargs="*", default=[])
     args = parser.parse_args()
+    made = bool(args.types or args.ik)
+    if made and not args.calibration:
+        parser.error("--calibration is needed to make files of other types")
     args.work.mkdir(parents=True, exist_ok=True)
     logits = args.work / "logits"
-    importances = {"inputs": measured_importance(args.base, args.calibration, args.calibration_tokens, args.work)}
-    if args.curvature:
+    importances = {}
+    if made:
+        importances["inputs"] = measured_importance(args.base, args.calibration, args.calibration_tokens, args.work)
+    if made and args.curvature:
         importances["curvature"] = curvature_importance(args.curvature, args.work)
     print("| type | weighted by | bits a weight, linear layers | MiB | KLD | perplexity ratio | same top token |")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -152,7 +159,7 @@ def main() -> None:
 
     for file in args.files:
         bits, kinds = linear_bits(file)
-        line(" and ".join(sorted(kinds)), "", bits, compare(file))
+        line(f"{file.stem}: {' and '.join(sorted(kinds))}", "", bits, compare(file))
     for kind in args.types:
         for weights in importances:
             peer(kind, binary("llama-quantize"), kind, weights, None)
