@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -133,10 +134,11 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         running_code(options.trust_remote_code),
         _work_dir(options, out) as work,
         nullcontext() if options.ray is None or options.dry_run else connected(options.ray) as cluster,
+        ThreadPoolExecutor(1, "base file") as aside,
     ):
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
-            base_path = _base_file(model_dir, work, options)
+            base_path = _base_file(model_dir, work, options, aside)
         with stages.timed("check"):
             plan = make_plan(base_path, options.type, options.embedding_type)
             if not options.dry_run:
@@ -253,7 +255,8 @@ def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path
     return folder, replace(options, base=base)
 
 
-def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
+def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Executor) -> Path:
+    """Where it is; `aside` brings one that is kept to the disk, after which further conversions believe it."""
     from athena_gguf.calibration import store
     from athena_gguf.gguf_file import write_base
     from athena_gguf.gguf_file.atomic import require_space
@@ -271,9 +274,17 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions) -> Path:
     require_space(work, 2 * weight_count(model_dir), "the base file")
     mark.unlink(missing_ok=True)
     with progress.stage("base file through llama.cpp's converter"):
-        write_base(model_dir, path)
-    mark.write_text(key)
+        write_base(model_dir, path, sync=False)
+    if options.work_dir is not None:
+        aside.submit(_keep, path, mark, key)
     return path
+
+
+def _keep(path: Path, mark: Path, key: str) -> None:
+    from athena_gguf.gguf_file.atomic import to_disk
+
+    to_disk(path)
+    mark.write_text(key)
 
 
 def _allocate(

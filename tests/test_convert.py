@@ -194,7 +194,7 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
     """Base file and curvature are used again, but not after the model or a setting changed."""
     model, made = shutil.copytree(tiny_model, tmp_path / "model"), []
 
-    def write_base(model_dir, path):
+    def write_base(model_dir, path, sync):
         made.append("base")
         shutil.copy(tiny_base, path)
 
@@ -225,6 +225,31 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
     os.utime(model / "model.safetensors")
     assert run() == (["base", "curvature"], first)
     assert not list((work / "encoded").iterdir())
+
+
+def test_base_file_that_is_not_on_the_disk(tiny_model, tiny_base, options, tmp_path, monkeypatch):
+    """It is used, but no further conversion believes it; without a work directory nothing waits for the disk."""
+    tried, works, sync = [], True, os.fsync
+
+    def fsync(handle):
+        if os.fstat(handle).st_size == tiny_base.stat().st_size:
+            tried.append(works)
+            if not works:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(athena_gguf.gguf_file, "write_base", lambda model, path, sync: shutil.copy(tiny_base, path))
+    monkeypatch.setattr(os, "fsync", fsync)
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+    convert(tiny_model, out, options(base=None))
+    assert tried == []
+    works = False
+    convert(tiny_model, out, options(base=None, work_dir=work))
+    assert tried == [False] and not (work / "base.model").exists()
+    works = True
+    convert(tiny_model, out, options(base=None, work_dir=work))
+    convert(tiny_model, out, options(base=None, work_dir=work))
+    assert tried == [False, True] and (work / "base.model").exists()
 
 
 def test_curvature_that_is_no_curvature(tiny_model, options, tmp_path):

@@ -188,7 +188,7 @@ def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> li
         if args.device == "cuda":
             torch.cuda.empty_cache()
         start = time.perf_counter()
-        write_base(model, base)
+        write_base(model, base, sync=False)  # as a conversion does
         print(f"\n{shape}, {blocks} of {whole} blocks, {weights / 1e9:.2f}e9 weights")
         print(f"  base file through llama.cpp's converter: {time.perf_counter() - start:.1f} s", flush=True)
         for cards in args.gpus:

@@ -116,11 +116,11 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_beside(target: Path) -> Iterator[Path]:
+def temporary_beside(target: Path, sync: bool = True) -> Iterator[Path]:
     """The name of a new empty file in the folder of `target`, which replaces it on success and is removed otherwise.
 
-    Where the process is killed in between, a file called `.NAME.*.part` stays, which the next one that writes `target`
-    removes.
+    `sync`: wait until it is on the disk first, so that it is whole after a loss of power too. Where the process is
+    killed in between, a file called `.NAME.*.part` stays, which the next one that writes `target` removes.
     """
     if target.exists() and not target.is_file():
         raise AthenaError(f"{target} is no regular file; choose another name")
@@ -133,8 +133,8 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     with _made(target, make) as temporary:
         try:
             yield temporary
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
+            if sync:
+                to_disk(temporary)
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)  # mkstemp made it private
@@ -143,6 +143,12 @@ def temporary_beside(target: Path) -> Iterator[Path]:
             raise AthenaError(f"{target} cannot be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Return when what was written to the file is on the disk. Raises OSError if it cannot be brought there."""
+    with open(path, "rb+") as written:
+        os.fsync(written.fileno())
 
 
 @contextmanager

@@ -15,18 +15,21 @@ from athena_gguf.model.trust import check_model_files, check_model_size, runs_co
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
-def write_base(model_dir: Path | str, out_path: Path | str, runtime_dir: Path | None = None) -> None:
+def write_base(
+    model_dir: Path | str, out_path: Path | str, runtime_dir: Path | None = None, *, sync: bool = True
+) -> None:
     """Convert a Hugging Face model directory to a BF16 GGUF with `convert_hf_to_gguf.py` of the runtime's source tree.
 
-    The tree is fetched if it is not there. `out_path` appears only when it is complete. Raises AthenaError if the
-    directory is no model, its weights are truncated or corrupt, or the converter does not know the architecture.
+    The tree is fetched if it is not there. `out_path` appears only when it is complete and, with `sync`, on the disk.
+    Raises AthenaError if the directory is no model, its weights are truncated or corrupt, or the converter does not
+    know the architecture.
     """
     model_dir, out_path = Path(model_dir), Path(out_path).absolute()
     check_model(model_dir)
     from athena_gguf.runtime import source_tree
 
     tree = source_tree(runtime_dir)
-    with temporary_beside(out_path) as temporary, tempfile.TemporaryFile() as said:
+    with temporary_beside(out_path, sync) as temporary, tempfile.TemporaryFile() as said:
         arguments = [str(model_dir.absolute()), "--outtype", "bf16", "--outfile", str(temporary)]
         process = converter.command(tree / "convert_hf_to_gguf.py", runs_code())
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
