@@ -14,6 +14,7 @@ import tiny_model
 import athena_gguf.runtime
 from athena_gguf.bfloat16 import to_bfloat16
 from athena_gguf.model import converter
+from athena_gguf.model.lazy_tensors import make_ahead
 
 BF16 = gguf.GGMLQuantizationType.BF16
 
@@ -95,7 +96,7 @@ def hastened(monkeypatch):
     """gguf's classes of this process with their tensors made ahead."""
     for owner, name in ((gguf.GGUFWriter, "write_tensors_to_file"), (gguf.LazyNumpyTensor, "tofile")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    converter.make_ahead(gguf.GGUFWriter, gguf.LazyNumpyTensor)
+    make_ahead(gguf)
 
 
 def lazy(array, made=None):
@@ -157,24 +158,34 @@ def test_a_tensor_that_cannot_be_made(hastened, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "again.gguf")["a"], np.ones((4, 32)))
 
 
-def as_type(folder, dtype):
+def changed(folder, change):
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    weights = {name: weight.to(dtype) for name, weight in load_file(path).items()}
+    weights = {name: change(weight) for name, weight in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     return folder
 
 
+def with_nan(weight):
+    """NaN of both signs, signalling ones too, and infinities."""
+    import torch
+
+    bits = weight.clone().view(torch.int16)
+    bits[..., 3:8] = torch.tensor([0x7F81, -0x7F, 0x7FC1, 0x7F80, -0x80], dtype=torch.int16)
+    return bits.view(torch.bfloat16)
+
+
 def test_files_are_those_of_the_converter_alone(runtime, tmp_path):
-    """BF16, F16 and F32 checkpoints of an architecture whose rows the converter permutes; experts, and two tensors made
-    of one."""
+    """BF16, with NaN too, F16 and F32 checkpoints of an architecture whose rows the converter permutes; experts, and
+    two tensors made of one."""
     import torch
 
     models = {
         "bf16": tiny_model.make(tmp_path / "bf16", vectors=0.1),
-        "f16": as_type(tiny_model.make(tmp_path / "f16", vectors=0.1), torch.float16),
-        "f32": as_type(tiny_model.make(tmp_path / "f32", vectors=0.1, initializer_range=0.061), torch.float32),
+        "nan": changed(tiny_model.make(tmp_path / "nan"), with_nan),
+        "f16": changed(tiny_model.make(tmp_path / "f16", vectors=0.1), torch.Tensor.half),
+        "f32": changed(tiny_model.make(tmp_path / "f32"), lambda weight: weight.float() * 1.01),
         "experts": families.make(tmp_path / "experts", "GraniteMoe"),
         "stacked": families.make(tmp_path / "stacked", "Mixtral"),
     }

@@ -4,31 +4,25 @@
 
 The converter loads some tokenizers with `trust_remote_code=True`, which is refused here unless the option is given. It
 rounds to BF16 by a dozen NumPy operations on 64-bit integers, and makes a tensor only when the one before is in the
-file. Here torch rounds, to the same bytes, and tensors are made in threads while others are written. What of gguf-py
-this replaces is replaced only if it is as expected; otherwise the converter runs as slowly as on its own.
+file. Here torch rounds, to the same bytes, and tensors are made in threads while others are written, those that are
+BF16 already as they are (lazy_tensors). What of gguf-py this replaces is replaced only if it is as expected; otherwise
+the converter runs as slowly as on its own.
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from athena_gguf.ahead import ahead
 from athena_gguf.bfloat16 import to_bfloat16
-from athena_gguf.memory import cores, host_bytes
+from athena_gguf.model.lazy_tensors import make_ahead
 
 _TRUST = "--trust-remote-code"
-_BYTES = 6  # that a tensor takes while it is made, for each of its own: float32, a permuted copy of that, BF16
-_MOST_BYTES = 8 << 30  # of all tensors that are made ahead of their turn
 
 
 def command(script: Path, trust: bool) -> list[str]:
@@ -61,7 +55,7 @@ def hasten(gguf_py: Path) -> None:
         from gguf import quants
 
         round_faster(quants)
-        make_ahead(gguf.GGUFWriter, gguf.LazyNumpyTensor)
+        make_ahead(gguf)
     except Exception:  # whatever comes of another version; the converter will find in it what it needs itself
         pass
 
@@ -97,83 +91,6 @@ def _float32_samples() -> list[npt.NDArray[np.float32]]:
     values = ((upper[:, None] << 16) | lower).view(np.float32)
     negative, nan = np.signbit(values), np.isnan(values)
     return [values[~negative & ~nan], values[negative & ~nan], values[nan]]
-
-
-def make_ahead(writer: Any, lazy: Any) -> None:
-    """Have the class gguf.GGUFWriter make tensors of the class gguf.LazyNumpyTensor in threads before it writes them,
-    which it does in the order of its list."""
-    write, tofile = writer.write_tensors_to_file, lazy.tofile
-    expected: deque[Any] = deque()
-    made: Generator[Any, None, None]
-
-    def write_made(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import torch
-
-        nonlocal made
-        try:
-            listed = (info.tensor for tensors in self.tensors for info in tensors.values())
-            expected.extend(tensor for tensor in listed if type(tensor) is lazy)
-            tasks = _tasks(lazy, expected)
-        except AttributeError:  # another version's
-            expected.clear()
-            return write(self, *args, **kwargs)
-        # torch's thread count is kept per thread.
-        made = ahead(tasks, cores(), min(_MOST_BYTES, host_bytes() // 4), partial(torch.set_num_threads, 1))
-        del tasks  # and with it what was made, once it is written
-        try:
-            return write(self, *args, **kwargs)
-        finally:
-            made.close()
-            expected.clear()
-
-    def tofile_made(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if expected and expected[0] is self:
-            expected.popleft()
-            return next(made).tofile(*args, **kwargs)
-        return tofile(self, *args, **kwargs)
-
-    writer.write_tensors_to_file, lazy.tofile = write_made, tofile_made
-
-
-def _tasks(lazy: Any, tensors: Iterable[Any]) -> list[tuple[int, Callable[[], Any]]]:
-    """What makes each of the tensors. One that is computed from the same parts as others waits for those before it,
-    since they keep what they computed in their parts, and might change it in place."""
-    latest: dict[int, Event] = {}  # of the last tensor that is computed from a part
-    tasks: list[tuple[int, Callable[[], Any]]] = []
-    for tensor in tensors:
-        parts, done = _parts(lazy.__base__, tensor), Event()
-        before = {event for part in parts if (event := latest.get(part)) is not None}
-        latest |= dict.fromkeys(parts, done)
-        tasks.append((_BYTES * tensor.nbytes, partial(_make, lazy, tensor, before, done)))
-    return tasks
-
-
-def _parts(base: Any, tensor: Any) -> set[int]:
-    """Identities of the tensor and of all lazy tensors that it is computed from, which their arguments hold."""
-    found: set[int] = set()
-    left = [tensor]
-    while left:
-        item = left.pop()
-        if isinstance(item, list | tuple):
-            left.extend(item)
-        elif isinstance(item, base) and id(item) not in found:
-            found.add(id(item))
-            left.append(item._args)
-    return found
-
-
-def _make(lazy: Any, tensor: Any, before: set[Event], done: Event) -> Any:
-    import torch
-
-    for event in before:
-        event.wait()
-    try:
-        with torch.inference_mode():  # as in the converter; it too is kept per thread
-            array = lazy.to_eager(tensor)
-        tensor._args = ()  # what it was computed from is needed no more
-        return array
-    finally:
-        done.set()
 
 
 if __name__ == "__main__":
