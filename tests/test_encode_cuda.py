@@ -75,18 +75,18 @@ def test_descent_over_scales_is_that_of_the_cpu():
     from athena_gguf.encode.cuda import scales
     from athena_gguf.encode.scales import MIDDLES, SCALES
 
-    rows, groups = 3, 5
+    rows, groups = 9, 40
     rng = np.random.default_rng(1)
     directions = rng.standard_normal((rows, 2 * groups, groups))
     normal = (directions.transpose(0, 2, 1) @ directions).astype(np.float32)
     right = (normal @ rng.uniform(0.01, 0.05, (rows, groups, 1)))[..., 0].astype(np.float32)
     codes = np.full((rows, groups), 120, np.uint8)
     expected = codes.copy()
-    cpu.descend(normal, right, SCALES, MIDDLES, 8, 3, expected)
+    cpu.descend(normal, right, SCALES, MIDDLES, 2, 1, expected)
     side_by_side = np.ascontiguousarray(codes.T)
     fitted = np.empty((groups, rows), np.float32)
-    arguments = (normal.transpose(1, 2, 0).copy(), right.T.copy(), SCALES, MIDDLES, 8, 3, fitted, side_by_side)
-    scales.descend[1, (scales.ROWS, scales.SHARE)](*arguments)
+    arguments = (normal.transpose(1, 2, 0).copy(), right.T.copy(), SCALES, MIDDLES, 2, 1, fitted, side_by_side)
+    scales.descend[2, (scales.ROWS, scales.SHARE), 0, 4 * scales.ROWS * groups](*arguments)
     np.testing.assert_array_equal(side_by_side.T, expected)
 
 

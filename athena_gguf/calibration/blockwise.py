@@ -181,6 +181,11 @@ class _Part:
         return float(rows.sum)
 
 
-def largest_batch(windows: Any, budget: int, per_window: int) -> int:
-    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one, at most sixteen."""
-    return int(max(1, min(16, len(windows), budget // max(1, per_window))))
+def most_windows(length: int) -> int:
+    """Windows of `length` tokens of a batch, at most: more would keep a GPU no busier, and take memory."""
+    return max(1, min(16, 16384 // length))
+
+
+def largest_batch(windows: torch.Tensor, budget: int, per_window: int) -> int:
+    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one."""
+    return max(1, min(most_windows(windows.shape[1]), len(windows), budget // max(1, per_window)))

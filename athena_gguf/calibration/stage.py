@@ -225,7 +225,10 @@ class Stage:
     @property
     def overlap(self) -> bool:
         """Whether a GPU has memory enough to encode a block's weights while it works on the next block."""
-        return self.memory.device >= 2 * (self._backward_bytes(16) + self._encoding_bytes())
+        from athena_gguf.calibration.blockwise import most_windows
+
+        needed = self._backward_bytes(most_windows(self.window)) + self._encoding_bytes()
+        return self.memory.device >= 2 * needed + self._waiting_bytes()
 
     def _backward_bytes(self, batch: int) -> int:
         """Of a block's backward pass with curvatures."""
@@ -235,6 +238,10 @@ class Stage:
         """Of the widest weight's: the matrices of its metric and one in float64, and pieces of rows; of experts all
         weights and curvatures."""
         return 34 * self._widest**2 + _PIECES + sum(self._expert_bytes())
+
+    def _waiting_bytes(self) -> int:
+        """While a GPU encodes and measures at the same time: of the next metric, and of curvatures that wait."""
+        return (34 + 8) * self._widest**2 + _PIECES // 10
 
     def _expert_bytes(self) -> tuple[int, int]:
         """Of the curvatures of a block's experts, and of the weights in float32 that read one of their inputs."""
@@ -258,7 +265,11 @@ class Stage:
             if found := block_of(name):
                 weights[found[0]] += 2 * self.plan.elements(name)
         both = self._backward_bytes(batch), self._encoding_bytes()
-        return max(weights.values(), default=0) + (sum(both) if self.overlap else max(both)) + _MARGIN
+        return (
+            max(weights.values(), default=0)
+            + (sum(both) + self._waiting_bytes() if self.overlap else max(both))
+            + _MARGIN
+        )
 
     def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
         from athena_gguf.model import linear_layers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from athena_gguf.encode.experts import encode_experts
 from athena_gguf.encode.matrix import Encoded
 from athena_gguf.encode.metric import layer_metric
-from athena_gguf.encode.pool import EncodePool
+from athena_gguf.encode.pool import GPU_PIECE, EncodePool
 from athena_gguf.format import TYPES
 
 if TYPE_CHECKING:
@@ -34,9 +34,29 @@ def encode_layer(
         types = {tensor.name: TYPES[kinds[tensor.name]] for tensor in tensors}
         yield from encode_experts(pool, weights, types, matrix, pool.options.damping, first_expert).items()
         return
-    started = start_layer(pool, matrix, tensors, kinds, device)
-    for name, result in started if pool.gpu else list(started):  # one weight at a time on the device
+    if pool.gpu:
+        metric = layer_metric(matrix, tensors[0].columns, pool.options.damping, tensors[0].name, device, pool.threads)
+        for batch in _batches(tensors, kinds):
+            on_card = [tensor.to_torch(device) for tensor in batch]
+            found = pool.submit_together(on_card, metric, TYPES[kinds[batch[0].name]])
+            del on_card
+            yield from zip((tensor.name for tensor in batch), found(), strict=True)
+        return
+    for name, result in list(start_layer(pool, matrix, tensors, kinds)):
         yield name, result()
+
+
+def _batches(tensors: Sequence[Tensor], kinds: Mapping[str, str]) -> Iterator[list[Tensor]]:
+    """In order, those of one type together while they are small."""
+    batch: list[Tensor] = []
+    for tensor in sorted(tensors, key=lambda tensor: kinds[tensor.name]):
+        size = sum(other.n_elements for other in (*batch, tensor))
+        if batch and (kinds[batch[0].name] != kinds[tensor.name] or size > GPU_PIECE):
+            yield batch
+            batch = []
+        batch.append(tensor)
+    if batch:
+        yield batch
 
 
 def start_layer(
@@ -44,10 +64,9 @@ def start_layer(
     matrix: torch.Tensor | None,
     tensors: Sequence[Tensor],
     kinds: Mapping[str, str],
-    device: torch.device | str,
 ) -> Iterator[tuple[str, Callable[[], Encoded]]]:
-    """As `encode_layer`, of tensors [rows, columns]: the encoding of each begins when it is asked for, and its call
-    waits for it."""
-    metric = layer_metric(matrix, tensors[0].columns, pool.options.damping, tensors[0].name, device, pool.threads)
+    """As `encode_layer`, of tensors [rows, columns] on the CPU: the encoding of each begins when it is asked for, and
+    its call waits for it."""
+    metric = layer_metric(matrix, tensors[0].columns, pool.options.damping, tensors[0].name, "cpu", pool.threads)
     for tensor in tensors:
-        yield tensor.name, pool.submit(tensor.to_torch(device), metric, TYPES[kinds[tensor.name]])
+        yield tensor.name, pool.submit(tensor.to_torch("cpu"), metric, TYPES[kinds[tensor.name]])

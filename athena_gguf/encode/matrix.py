@@ -64,12 +64,33 @@ def encode_rows(
 
     `gpu`: with the CUDA kernels; None for where the device is one.
     """
+    return encode_each(weight, metric, kind, options, gpu).total()
+
+
+@dataclass
+class EncodedRows:
+    """As `Encoded`, with the `loss` and `power` of every row, float64."""
+
+    data: npt.NDArray[np.uint8]
+    loss: npt.NDArray[np.float64]
+    power: npt.NDArray[np.float64]
+
+    def total(self, first: int = 0, last: int | None = None) -> Encoded:
+        """Of the rows from `first` to before `last`."""
+        of = slice(first, last)
+        return Encoded(self.data[of], float(self.loss[of].sum()), float(self.power[of].sum()))
+
+
+def encode_each(
+    weight: torch.Tensor, metric: Metric, kind: AType, options: EncodeOptions, gpu: bool | None = None
+) -> EncodedRows:
+    """As `encode_rows`."""
     gpu = metric.device.type == "cuda" if gpu is None else gpu
     encoder = _Encoder(weight.to(metric.device).float(), metric, kind, gpu)
     best = encoder.run(options)
     data = pack_rows(kind, best.symbols[:, metric.inverse], best.codes)
-    power = (encoder.steps.product(encoder.w) * encoder.w).sum(dtype=best.loss.dtype)
-    return Encoded(data.cpu().numpy(), float(best.loss.double().sum()), float(power))
+    power = (encoder.steps.product(encoder.w) * encoder.w).sum(1)
+    return EncodedRows(data.cpu().numpy(), best.loss.double().cpu().numpy(), power.double().cpu().numpy())
 
 
 @dataclass

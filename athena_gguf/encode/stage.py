@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 NOT_FED = "no linear layer of the model feeds it"
 WRITES = 8  # finished tensors that wait for the disk, at most
+ON_CARD = 4  # inputs whose curvatures a GPU that measures at the same time holds for its encoding, at most
+_TURN = 2e-4  # seconds until a thread that runs Python lets another one do so
 IN_FLIGHT = 1 << 28  # weights that wait for their encoding on the CPU, at most; a larger tensor waits alone
 
 
@@ -178,7 +181,7 @@ class _CpuQueue:
             for name, encoded in encode_layer(self.pool, matrix, tensors, self.plan.encoded, "cpu"):
                 self.writer.put(name, encoded)
             return
-        for started in start_layer(self.pool, matrix, tensors, self.plan.encoded, "cpu"):
+        for started in start_layer(self.pool, matrix, tensors, self.plan.encoded):
             self.waiting.append(started)
             # Enough that no thread waits; weights in float32 and their layers' curvatures in five forms are held.
             self._collect(min(4 * self.pool.threads * PIECE * tensors[0].columns, IN_FLIGHT))
@@ -197,7 +200,11 @@ class _CpuQueue:
 
 
 class _GpuQueue:
-    """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do."""
+    """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do.
+
+    With `overlap` that goes on beside the measurement, in a stream of its own, and the next input is made ready
+    meanwhile.
+    """
 
     def __init__(
         self,
@@ -215,13 +222,17 @@ class _GpuQueue:
         self.plan, self.base, self.writer = plan, base, writer
         self.devices, self.overlap = devices, overlap
         # Threads that use it first at the same time fail.
-        torch.linalg.cholesky(torch.eye(2, device=devices[0]))
-        self.pools = [EncodePool(settings, 1, device) for device in devices]
-        self.threads = [ThreadPoolExecutor(1, f"{device}") for device in devices]
+        for device in devices:
+            torch.linalg.cholesky(torch.eye(2, device=device))
+        self.pools = [EncodePool(settings, 1, device, own_stream=overlap) for device in devices]
+        self.threads = [ThreadPoolExecutor(2 if overlap else 1, f"{device}") for device in devices]
         self.jobs: list[deque[tuple[int, Future[None]]]] = [deque() for _ in devices]
         self.stack = ExitStack()
 
     def __enter__(self) -> _GpuQueue:
+        # Threads here hand out work in thousands of short calls; a thread that compiles must not stop them for long.
+        self.stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_TURN)
         for pool, jobs, thread, device in zip(self.pools, self.jobs, self.threads, self.devices, strict=True):
             self.stack.enter_context(pool)
             jobs.append((0, thread.submit(self._compile, pool, device)))
@@ -229,12 +240,15 @@ class _GpuQueue:
 
     def _compile(self, pool: EncodePool, device: torch.device) -> None:
         """Encode next to nothing, so that the kernels are there when the first curvature is."""
+        import torch
+
         from athena_gguf.encode import Metric
         from athena_gguf.format import GROUP, TYPES
 
-        metric = Metric.identity(GROUP, device)
-        for kind in sorted(set(self.plan.encoded.values())):
-            pool.submit(metric.plain, metric, TYPES[kind])()
+        with torch.cuda.device(device), torch.cuda.stream(pool.stream):
+            metric = Metric.identity(GROUP, device)
+            for kind in sorted(set(self.plan.encoded.values())):
+                pool.submit(metric.plain, metric, TYPES[kind])()
 
     def __exit__(self, *exception: object) -> None:
         for thread in self.threads:
@@ -242,23 +256,34 @@ class _GpuQueue:
         self.stack.__exit__(None, None, None)
 
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
-        """Start with tensors that read an input of this curvature, as soon as a GPU has but one more waiting."""
+        """Start with tensors that read an input of this curvature, as soon as a GPU has room for it."""
+        import torch
+
         load = [sum(size for size, job in jobs if not job.done()) for jobs in self.jobs]
         at = load.index(min(load))
-        while len(self.jobs[at]) > 1:
+        while len(self.jobs[at]) > (ON_CARD - 1 if self.overlap else 1):
             self.jobs[at].popleft()[1].result()
+        measured = None
+        if matrix is not None and matrix.is_cuda:
+            measured = torch.cuda.Event()
+            measured.record(torch.cuda.current_stream(matrix.device))
         columns = self.plan.shapes[names[0]][-1]
         size = columns * (columns + sum(self.plan.elements(name) for name in names) // columns)
-        self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, list(names))))
+        self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, measured, list(names))))
 
-    def _encode(self, at: int, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
+    def _encode(
+        self, at: int, matrix: torch.Tensor | None, measured: torch.cuda.Event | None, names: Sequence[str]
+    ) -> None:
         import torch
 
         from athena_gguf.encode.layer import encode_layer
 
         tensors = [self.base.tensors[name] for name in names]
-        with torch.cuda.device(self.devices[at]):
-            for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, self.devices[at]):
+        pool, device = self.pools[at], self.devices[at]
+        with torch.cuda.device(device), torch.cuda.stream(pool.stream):
+            if measured is not None:
+                measured.wait()
+            for name, encoded in encode_layer(pool, matrix, tensors, self.plan.encoded, device):
                 self.writer.put(name, encoded)
 
     def pause(self) -> None:

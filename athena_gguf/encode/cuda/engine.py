@@ -127,7 +127,7 @@ class CudaSteps:
             part = found[:, a : a + chunk].contiguous()
             inputs = map(array, (normal, right, *tables))
             results = map(array, (torch.empty_like(right), part))
-            run = configure(descend, -(-part.shape[1] // ROWS), (ROWS, SHARE))
+            run = configure(descend, -(-part.shape[1] // ROWS), (ROWS, SHARE), 4 * ROWS * groups)
             run(*inputs, FIT_SWEEPS, BYTE_SWEEPS, *results)
             found[:, a : a + chunk] = part
         return found.T.contiguous()

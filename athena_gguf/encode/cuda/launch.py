@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from athena_gguf.errors import AthenaError
+from athena_gguf.gguf_file.atomic import atomic_write
+from athena_gguf.runtime.places import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +48,41 @@ def array(tensor: torch.Tensor) -> Any:
     return cuda.as_cuda_array(tensor, sync=False)
 
 
-def configure(kernel: Any, blocks: int | tuple[int, ...], threads: int | tuple[int, ...]) -> Any:
-    """A kernel with its grid, on torch's current stream."""
+def configure(kernel: Any, blocks: int | tuple[int, ...], threads: int | tuple[int, ...], shared: int = 0) -> Any:
+    """A kernel with its grid and bytes of dynamic shared memory, on torch's current stream."""
     if simulated():
-        return kernel[blocks, threads]
+        return kernel[blocks, threads, 0, shared]
     import torch
     from numba import cuda
 
-    return kernel[blocks, threads, cuda.external_stream(torch.cuda.current_stream().cuda_stream)]
+    return kernel[blocks, threads, cuda.external_stream(torch.cuda.current_stream().cuda_stream), shared]
+
+
+def made_kernel(name: str, source: str, constants: dict[str, npt.NDArray[Any]]) -> Any:
+    """The kernel `name` that `source` defines, with these arrays in it.
+
+    The text is put into the user's cache directory, since Numba keeps what it makes of a kernel beside its file; where
+    that cannot be written, every process compiles.
+    """
+    from numba import cuda, float32, int32
+
+    namespace: dict[str, Any] = {"cuda": cuda, "float32": float32, "int32": int32, **constants}
+
+    def kernel(file: str, cache: bool) -> Any:
+        exec(compile(source, file, "exec"), namespace)
+        return cuda.jit(fastmath=True, cache=cache)(namespace[name])
+
+    if simulated():
+        return kernel(f"<{name}>", cache=False)
+    digest = hashlib.sha256(source.encode())
+    for key, array in constants.items():
+        digest.update(f"{key} {array.dtype} {array.shape}".encode() + array.tobytes())
+    path = cache_dir() / "kernels" / f"{name}_{digest.hexdigest()[:16]}.py"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # an older time would make Numba compile again
+            with atomic_write(path) as file:
+                file.write(source.encode())
+        return kernel(str(path), cache=True)
+    except (OSError, AthenaError, RuntimeError):  # Numba raises the last one where it cannot keep anything
+        return kernel(f"<{name}>", cache=False)

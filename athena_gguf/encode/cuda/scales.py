@@ -6,14 +6,14 @@ from numba import cuda, float32
 
 from athena_gguf.format import GROUP, LANES
 
-ROWS = 32  # of a block of the descent; neighbouring threads hold neighbouring rows
-SHARE = 8  # threads of a row
+ROWS = 8  # of a block of the descent; neighbouring threads hold neighbouring rows
+SHARE = 32  # threads of a row
 
 
 PER_LANE = GROUP // LANES  # steps of a group
 
 
-@cuda.jit(fastmath=True)
+@cuda.jit(fastmath=True, cache=True)
 def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped-def]
     """Keep the scale byte of a group if it errs less than the best before. A thread a group.
 
@@ -37,7 +37,7 @@ def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped
         codes[row, group] = tried[row, group]
 
 
-@cuda.jit(fastmath=True)
+@cuda.jit(fastmath=True, cache=True)
 def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     """Entries of the normal equations of some groups, for all rows. A thread a row and pair of groups.
 
@@ -56,28 +56,30 @@ def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     normal[other, group, row] = total
 
 
-@cuda.jit(fastmath=True)
+@cuda.jit(fastmath=True, cache=True)
 def descend(normal, right, scales, middles, fits, sweeps, fitted, codes):  # type: ignore[no-untyped-def]
-    """`athena_gguf.encode.cpu.descend` for rows that lie side by side. Blocks of (ROWS, SHARE) threads.
+    """`athena_gguf.encode.cpu.descend` for rows that lie side by side. Blocks of (ROWS, SHARE) threads, with 4 ROWS
+    groups bytes of shared memory.
 
-    `normal` [groups, groups, rows], `right` [groups, rows] float32, used up; `fitted` [groups, rows] float32, for the
-    scales; `codes` [groups, rows] uint8, in place.
+    `normal` [groups, groups, rows], `right` [groups, rows] float32; `fitted` [groups, rows] float32, for the scales;
+    `codes` [groups, rows] uint8, in place.
     """
     moved = cuda.shared.array(ROWS, float32)
+    rest = cuda.shared.array(0, float32)  # what the equations leave, so that a step looks at its own group only
     mine, part = cuda.threadIdx.x, cuda.threadIdx.y
     groups, rows = codes.shape
     row = cuda.blockIdx.x * ROWS + mine
     there = row < rows
     row = min(row, rows - 1)
-    # `right` becomes what the equations leave, so that a step looks at its own group only.
     for g in range(part, groups, SHARE):
-        rest = right[g, row]
+        left = right[g, row]
         for j in range(groups):
-            rest -= normal[g, j, row] * scales[codes[j, row]]
+            left -= normal[g, j, row] * scales[codes[j, row]]
+        rest[g * ROWS + mine] = left
         if there:
-            right[g, row] = rest
             fitted[g, row] = scales[codes[g, row]]
     cuda.syncthreads()
+    last = groups - 1
     for sweep in range(fits + sweeps):
         for g in range(groups):
             if part == g % SHARE:
@@ -85,7 +87,7 @@ def descend(normal, right, scales, middles, fits, sweeps, fitted, codes):  # typ
                 moved[mine] = float32(0)
                 if diagonal > float32(0):
                     before = fitted[g, row]
-                    wanted = before + right[g, row] / diagonal
+                    wanted = before + rest[g * ROWS + mine] / diagonal
                     if sweep >= fits:
                         low, high = 0, 255
                         while low < high:
@@ -102,7 +104,18 @@ def descend(normal, right, scales, middles, fits, sweeps, fitted, codes):  # typ
                         fitted[g, row] = wanted
             cuda.syncthreads()
             change = moved[mine]
-            for j in range(part, groups, SHARE):
-                if there:
-                    right[j, row] -= normal[j, g, row] * change
+            for j in range(part, groups, 4 * SHARE):
+                # All are read before any is written: the compiler cannot know that they are different places.
+                j1, j2, j3 = j + SHARE, j + 2 * SHARE, j + 3 * SHARE
+                n0 = normal[g, j, row]
+                n1 = normal[g, min(j1, last), row]
+                n2 = normal[g, min(j2, last), row]
+                n3 = normal[g, min(j3, last), row]
+                rest[j * ROWS + mine] -= n0 * change
+                if j1 < groups:
+                    rest[j1 * ROWS + mine] -= n1 * change
+                if j2 < groups:
+                    rest[j2 * ROWS + mine] -= n2 * change
+                if j3 < groups:
+                    rest[j3 * ROWS + mine] -= n3 * change
             cuda.syncthreads()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from athena_gguf.encode.cuda.launch import made_kernel
 from athena_gguf.format import AType
 from athena_gguf.format.trellis import trellis
 
@@ -404,8 +405,6 @@ def search_kernel(kind: AType, shape: SearchShape) -> Any:
     `back` [warps, words, steps] int32: for the choices. Out: `symbols` uint8 and `values` int8, both as x;
     `costs` [rows, lanes] float32, the sums of the squared errors.
     """
-    from numba import cuda, float32, int32
-
     graph = trellis(kind)
     slots, width = _slots(kind), _width(kind)
     places = np.array([thread_of(kind, n) for n in range(kind.states)], np.int32)
@@ -425,6 +424,4 @@ def search_kernel(kind: AType, shape: SearchShape) -> Any:
         "LEVEL1": level1,
         "LEVEL2": level2,
     }
-    namespace: dict[str, Any] = {"cuda": cuda, "float32": float32, "int32": int32, **tables}
-    exec(compile(search_source(kind, shape), f"<search {kind.name}>", "exec"), namespace)
-    return cuda.jit(fastmath=True)(namespace["search"])
+    return made_kernel("search", search_source(kind, shape), tables)
