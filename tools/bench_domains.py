@@ -14,6 +14,7 @@ one), is read with them as tokens, which llama-perplexity by itself does not do.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import urllib.request
@@ -30,7 +31,8 @@ from athena_gguf.runtime import binary
 
 MIB = 2**20
 CONTROL, USER_DEFINED = 3, 4  # of llama.cpp's llama_token_type
-TOKEN_TYPES = "tokenizer.ggml.token_type"
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+MARK = b"\x01"
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -65,38 +67,50 @@ class Text:
     logits: Path
 
 
-def has_control_tokens(file: Path, text: str) -> bool:
+def control_tokens(file: Path) -> list[bytes]:
     with GGUFFile(file) as opened:
         metadata = opened.metadata
-    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get(TOKEN_TYPES)
+    tokens, kinds = metadata.get(TOKENS), metadata.get(TOKEN_TYPES)
     if not isinstance(tokens, list) or not isinstance(kinds, list):
-        return False
-    return any(kind == CONTROL and str(token) in text for token, kind in zip(tokens, kinds, strict=True))
+        return []
+    return [str(token).encode() for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL and token]
 
 
-def with_visible_control_tokens(file: Path, out: Path) -> None:
-    """A copy of a file of standard types in which control tokens are ones that llama.cpp finds in any text."""
+def renamed(text: bytes, tokens: list[bytes]) -> bytes:
+    """The text with these tokens as `with_renamed_control_tokens` calls them."""
+    pattern = b"|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.sub(pattern, lambda match: MARK + match[0][1:], text)
+
+
+def with_renamed_control_tokens(file: Path, out: Path) -> None:
+    """A copy of a file of standard types in which control tokens are such as llama.cpp finds in any text.
+
+    They begin with MARK: those that end an answer are control tokens for llama.cpp whatever the file says, by name.
+    """
     from gguf import GGUFReader
 
     with temporary_beside(out) as temporary:
         shutil.copyfile(file, temporary)
         reader = GGUFReader(temporary, "r+")
-        field = reader.fields[TOKEN_TYPES]
-        for place in field.data:
-            if field.parts[place][0] == CONTROL:
-                field.parts[place][0] = USER_DEFINED
+        names, kinds = reader.fields[TOKENS], reader.fields[TOKEN_TYPES]
+        for name, kind in zip(names.data, kinds.data, strict=True):
+            if kinds.parts[kind][0] == CONTROL and len(names.parts[name]):
+                kinds.parts[kind][0] = USER_DEFINED
+                names.parts[name][0] = ord(MARK)
         reader.data.flush()
 
 
 def texts(named: list[tuple[str, Path]], base: Path, work: Path) -> list[Text]:
-    found = []
+    found, control = [], control_tokens(base)
     for name, path in named:
-        reader = base
-        if has_control_tokens(base, path.read_text(encoding="utf-8", errors="replace")):
-            reader = work / "base-for-chat.gguf"
+        reader, logits = base, work / f"logits-{name}"
+        text = path.read_bytes()
+        if any(token in text for token in control):
+            reader, path = work / "base-for-chat.gguf", work / f"{name}.txt"
+            path.write_bytes(renamed(text, control))
             if not reader.exists() or reader.stat().st_mtime_ns < base.stat().st_mtime_ns:
-                with_visible_control_tokens(base, reader)
-        found.append(Text(name, path, reader, work / f"logits-{name}"))
+                with_renamed_control_tokens(base, reader)
+        found.append(Text(name, path, reader, logits))
     return found
 
 
