@@ -101,7 +101,7 @@ def test_normal_equations_are_those_of_numpy():
     rng = np.random.default_rng(2)
     samples = rng.standard_normal((256, 128))
     metric = Metric(torch.from_numpy(samples.T @ samples / 256).float(), 0.01)
-    values = torch.from_numpy(rng.integers(-60, 61, (128, 2)).astype(np.float32))
+    values = torch.from_numpy(rng.integers(-60, 61, (128, 2)).astype(np.int8))
     steps = CudaSteps(torch.zeros(2, 128), metric, TYPES["A3"])
     normal = steps._normal(values).numpy()
     for r in range(2):

@@ -145,7 +145,7 @@ def stages(
     spent["searches of a round"] = LANES * timed(lambda: search(0), 4)
     print(f"  search: {resources(search.kernel)}; {launch_time(encoder, lanes, shape):.0f} us to launch")
     print(f"  loss by halves {halves_error(encoder, s):+.1e} off that in float64")
-    natural = values.T[metric.inverse].float()
+    natural = values.T[metric.inverse]
     part = natural[:, : max(32, engine._PRODUCTS // (columns // 64) ** 2)].contiguous()
     spent["normal equations"] = timed(lambda: encoder.steps._normal(part)) * rows / part.shape[1]
     spent["packing"] = timed(lambda: pack_rows(kind, s.symbols[:, metric.inverse], s.codes))

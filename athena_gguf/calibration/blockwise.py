@@ -125,6 +125,7 @@ class _Part:
         import torch
 
         with torch.no_grad(), self.blocks.loaded(index):
+            self.blocks.prefetch(index + 1)
             for b in range(len(self.batches)):
                 self.shelf.put((index + 1, b), self.blocks.run(index, self.shelf.look((index, b))))
 

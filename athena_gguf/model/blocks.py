@@ -7,6 +7,7 @@ with stand-ins for the blocks that record what each is called with, or that put 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,16 @@ class BlockModel:
         device: torch.device,
         resident: int = 0,
     ) -> None:
+        import torch
+
         self.model, self.checkpoint, self.pieces, self.device = model, checkpoint, pieces, device
         self.blocks = list(model.get_decoder().layers)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.resident = self.left = min(resident, sum(p.nbytes for b in self.blocks for p in b.parameters()))
         self.kept: set[int] = set()
+        self.ahead: dict[str, Future[torch.Tensor]] = {}
+        self.reader = ThreadPoolExecutor(1, "weights")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.tuples = False
         inner = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         outer = [name for name, parameter in model.named_parameters() if id(parameter) not in inner]
@@ -110,6 +116,18 @@ class BlockModel:
             return weight
         return layer.rows_of(self.checkpoint.parameter(pieces, torch.device("cpu"), None, which))
 
+    def prefetch(self, index: int) -> None:
+        """Begin to load a block, if there is one of this number, and room for it and the one before to stay."""
+        if index >= len(self.blocks) or index in self.kept:
+            return
+        block, prefix = self.blocks[index], self.names[id(self.blocks[index])]
+        if 2 * sum(p.nbytes for p in block.parameters()) > self.left:
+            return
+        for name, _ in block.named_parameters():
+            name = f"{prefix}.{name}"
+            if name in self.pieces and name not in self.ahead:
+                self.ahead[name] = self.reader.submit(self._read, name)
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:
         """The block, with its weights on the device."""
@@ -135,9 +153,23 @@ class BlockModel:
 
         if name not in self.pieces:  # tied to another one
             return
-        dtype = self.model.get_parameter(name).dtype
-        value = self.checkpoint.parameter(self.pieces[name], self.device, dtype)
+        value = self.ahead.pop(name).result() if name in self.ahead else self._read(name)
         _set(self.model, name, torch.nn.Parameter(value, requires_grad=False))
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.parameter(self.pieces[name], self.device, self.model.get_parameter(name).dtype)
+
+    def _read_ahead(self, name: str) -> torch.Tensor:
+        """On a GPU in a stream of its own, so that it does not wait for what there is to do before."""
+        import torch
+
+        if self.stream is None:
+            return self._read(name)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            value = self._read(name)
+        self.stream.synchronize()
+        value.record_stream(torch.cuda.default_stream(self.device))
+        return value
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[..., Any]) -> Iterator[None]:

@@ -120,7 +120,7 @@ class CudaSteps:
         chunk = min(rows, max(ROWS, _PRODUCTS // groups**2 // ROWS * ROWS))
         tables = scale_table(values.device), middles_table(values.device)
         for a in range(0, rows, chunk):
-            natural = values[a : a + chunk].T[self.metric.inverse].float()
+            natural = values[a : a + chunk].T[self.metric.inverse]
             target = self.target[:, a : a + chunk]
             right = (target * natural).view(groups, GROUP, -1).sum(1)
             normal = self._normal(natural)
@@ -133,7 +133,7 @@ class CudaSteps:
         return found.T.contiguous()
 
     def _normal(self, values: torch.Tensor) -> torch.Tensor:
-        """The normal equations [groups, groups, rows] of the scales of `values` [columns, rows]."""
+        """The normal equations [groups, groups, rows] of the scales of `values` [columns, rows] int8."""
         import torch
 
         columns, rows = values.shape
@@ -143,8 +143,8 @@ class CudaSteps:
         blocks = self.metric.plain.view(columns, groups, GROUP).transpose(0, 1)
         grouped = values.view(groups, GROUP, rows)
         exact = mixed(values.device)
-        if exact:  # levels are whole numbers below 256, which bfloat16 has
-            grouped = grouped.bfloat16().repeat(1, 2, 1)
+        # Levels are whole numbers below 256, which bfloat16 has.
+        grouped = grouped.bfloat16().repeat(1, 2, 1) if exact else grouped.float()
         width = 128
         for g in range(0, groups, some):
             block, level = blocks[g : g + some, g * GROUP :], grouped[g : g + some]

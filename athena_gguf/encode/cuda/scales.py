@@ -41,8 +41,8 @@ def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped
 def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     """Entries of the normal equations of some groups, for all rows. A thread a row and pair of groups.
 
-    `products` [some, columns - 64 first, rows]: the curvature of group first + i times its values; `values` [columns,
-    rows]; `normal` [groups, groups, rows] out, both halves. Grid: rows, groups from `first` on, `some`.
+    `products` [some, columns - 64 first, rows] float32: the curvature of group first + i times its values; `values`
+    [columns, rows] int8; `normal` [groups, groups, rows] out, both halves. Grid: rows, groups from `first` on, `some`.
     """
     row = cuda.grid(1)
     group, other = first + cuda.blockIdx.z, first + cuda.blockIdx.y
@@ -51,7 +51,7 @@ def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     total = float32(0)
     start, far = GROUP * cuda.blockIdx.y, GROUP * other
     for c in range(GROUP):
-        total += products[cuda.blockIdx.z, start + c, row] * values[far + c, row]
+        total += products[cuda.blockIdx.z, start + c, row] * float32(values[far + c, row])
     normal[group, other, row] = total
     normal[other, group, row] = total
 
