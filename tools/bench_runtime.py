@@ -13,20 +13,25 @@ the share of it that token generation reaches (all tensors are read once a token
 
 --ik takes the folder of ik_llama.cpp's llama-bench and llama-quantize; its files are made by that llama-quantize from
 the Q8_0 file, without an importance matrix. Files stay in --keep and are used again; without it they are temporary. The
-1B shapes take 5 GB for all types.
+1B shapes take 5 GB for all types. Stopped (Ctrl-C, SIGTERM), it reports the rounds that are complete.
 """
 
 import argparse
 import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -144,7 +149,7 @@ def write_model(path: Path, shape: Shape, kind: str, ggml: Ggml) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    made = {columns: ggml.random_rows(kind, columns) for _, columns in matrices.values()}
+    made = {columns: ggml.random_rows(kind, columns) for columns in {columns for _, columns in matrices.values()}}
     for rows, columns in matrices.values():
         distinct = made[columns]
         writer.write_tensor_data(np.resize(distinct, (rows, distinct.shape[1])))
@@ -215,13 +220,20 @@ def compile_bandwidth(target: Path) -> None:
     subprocess.run(["cc", "-O3", "-march=native", "-pthread", str(source), "-o", str(target)], check=True)
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A file, what runs it, and the bytes of it that a token reads."""
 
     path: Path
     binaries: Path
     bytes: int
+
+
+@contextmanager
+def said(what: str) -> Iterator[None]:
+    """Tells on the error stream what is done, and how long it took."""
+    start = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def ik_candidates(binaries: Path, source: Path, shape: Shape) -> dict[str, Candidate]:
@@ -231,7 +243,8 @@ def ik_candidates(binaries: Path, source: Path, shape: Shape) -> dict[str, Candi
         for kind in IK_TYPES:
             path = source.with_name(source.name.replace("-Q8_0", f"-ik-{kind}"))
             if not path.exists():
-                quantize_with_ik(binaries, source, path, kind)
+                with said(f"file of ik_llama.cpp's {kind}"):
+                    quantize_with_ik(binaries, source, path, kind)
             made[f"ik {kind}"] = Candidate(path, binaries, path.stat().st_size)
     return made
 
@@ -269,6 +282,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="where to keep the files")
     parser.add_argument("--mebibytes", type=int, default=1024, help="memory to measure bandwidth with (default 1024)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     if args.runtime is None:
         from athena_gguf.runtime import build
@@ -293,7 +307,8 @@ def main() -> int:
         for kind in [*kinds, *(["Q8_0"] if args.ik else [])]:
             path = folder / f"{args.shape}-{shape.layers}-{shape.vocabulary}-{kind}.gguf"
             if not path.exists():
-                write_model(path, shape, kind, ggml)
+                with said(f"file of {kind}"):
+                    write_model(path, shape, kind, ggml)
             candidates[kind] = Candidate(path, args.runtime, tensor_bytes(shape, kind))
         if args.ik:
             candidates |= ik_candidates(args.ik, candidates["Q8_0"].path, shape)
@@ -302,14 +317,26 @@ def main() -> int:
         for threads in dict.fromkeys(int(t) for t in args.threads.split(",")):
             speeds: dict[tuple[str, str], list[float]] = defaultdict(list)
             read = []
-            for _ in range(args.rounds):
-                read.append(bandwidth(program, threads, args.mebibytes))
-                for kind, candidate in candidates.items():
-                    run = llama_bench(candidate.binaries, candidate.path, threads, args.prompt, args.generate)
-                    for test, speed in run.items():
-                        speeds[kind, test].append(speed)
-            print(f"{threads} thread{'s' if threads > 1 else ''}")
+            cut_off = False
+            try:
+                for number in range(args.rounds):
+                    measured = bandwidth(program, threads, args.mebibytes)
+                    runs = {}
+                    for kind, (path, binaries, _) in candidates.items():
+                        with said(f"{threads} threads, round {number + 1}, {kind}"):
+                            runs[kind] = llama_bench(binaries, path, threads, args.prompt, args.generate)
+                    read.append(measured)
+                    for kind, run in runs.items():
+                        for test, speed in run.items():
+                            speeds[kind, test].append(speed)
+            except KeyboardInterrupt:  # whole rounds count
+                cut_off = True
+                if not read:
+                    return 1
+            print(f"{threads} thread{'s' if threads > 1 else ''}" + (f", {len(read)} rounds" if cut_off else ""))
             report(speeds, read, candidates)
+            if cut_off:
+                return 1
     return 0
 
 
