@@ -142,9 +142,14 @@ def runtime_build(
 @runtime_app.command("path")
 def runtime_path(folder: RuntimeDir = None) -> None:
     """Print the folder of the binaries."""
+    from athena_gguf import progress
     from athena_gguf.runtime import binary, binary_dir
+    from athena_gguf.runtime.make import build_state
+    from athena_gguf.runtime.places import resolve
 
     binary("llama-completion", folder)
+    if build_state(resolve(folder)) == "old":
+        progress.note("warning: built from another patch, source or processor; run `athena-gguf runtime build` again")
     print(binary_dir(folder))
 
 

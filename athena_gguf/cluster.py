@@ -35,13 +35,19 @@ class Cluster:
 
     def slots(self) -> dict[str, int]:
         """Tasks that run at once on each of the machines that are there now and have room for one, by their ids."""
-        found = {node["NodeID"]: int(node["Resources"].get("CPU", 0) // self.cpus) for node in _alive(self.ray)}
-        return {node: count for node, count in found.items() if count}
+        return {node: count for node, (count, _) in self._room().items()}
 
     def machines(self) -> list[str]:
         """The ids of the machines that are there now and have room for a job."""
-        alive = {node["NodeID"]: node["Resources"] for node in _alive(self.ray)}
-        return [node for node in self.slots() if alive.get(node, {}).get("GPU", 0) >= self.gpus]
+        return [node for node, (_, gpus) in self._room().items() if gpus >= self.gpus]
+
+    def _room(self) -> dict[str, tuple[int, float]]:
+        """Tasks at once, and GPUs, of the machines that have room for a task, by their ids."""
+        found = {}
+        for node in _alive(self.ray):
+            if count := int(node["Resources"].get("CPU", 0) // self.cpus):
+                found[node["NodeID"]] = count, node["Resources"].get("GPU", 0)
+        return found
 
     def task_bytes(self) -> int:
         """Memory that the smallest machine with room for a task has for tasks; 0 if it does not say."""

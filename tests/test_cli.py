@@ -221,3 +221,16 @@ def test_plain_progress(capsys, monkeypatch):
     assert lines[0] == "first ..." and lines[1].startswith("first: ")
     assert [line.split(" after")[0] for line in lines[3:-1]] == ["second: 25%", "second: 50%", "second: 75%"]
     assert lines[-1].startswith("second: ") and lines[-1].endswith(" s")
+
+
+def test_runtime_path_says_that_the_runtime_is_outdated(tmp_path):
+    from athena_gguf.runtime.make import TOOLS
+
+    binaries = tmp_path / "build" / "bin"
+    binaries.mkdir(parents=True)
+    for name in TOOLS:
+        (binaries / name).touch()
+    (tmp_path / "build.json").write_text('{"key": "another", "targets": []}')
+    result = athena("runtime", "path", "--dir", tmp_path)
+    assert result.returncode == 0 and result.stdout.strip() == str(binaries)
+    assert "athena-gguf runtime build" in result.stderr

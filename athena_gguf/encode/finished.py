@@ -44,7 +44,7 @@ class FinishedTensors(Mapping[str, Encoded]):
         path = self.folder / f"{name}.{kind}.safetensors"
         about = {"key": self.key, "loss": encoded.loss, "power": encoded.power, "crc32": zlib.crc32(encoded.data.data)}
         require_space(self.folder, encoded.data.nbytes, f"the encoded tensor {name}")
-        with temporary_beside(path) as temporary:
+        with temporary_beside(path, sync=False) as temporary:  # a checksum tells what a loss of power spoiled
             save_file({"data": encoded.data}, temporary, {"about": json.dumps(about)})
         self._note(name, path, kind, encoded)
 
