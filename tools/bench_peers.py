@@ -54,6 +54,7 @@ def measured_importance(base: Path, texts: list[Path], tokens: int, work: Path) 
             parts.append(work / f"inputs-{name}.{number}.imatrix")
             chunks = tokens // len(texts) // 512
             command = [binary("llama-imatrix"), "-m", base, "-f", text, "-c", 512, "--chunks", chunks]
+            print(f"importance by llama-imatrix, {chunks} windows of {text.name} ...", file=sys.stderr, flush=True)
             run(*command, "--output-format", "dat", "-o", parts[-1])
         sources = [option for part in parts for option in ("--in-file", part)]
         run(binary("llama-imatrix"), "-m", base, *sources, "--output-format", "dat", "-o", out)
@@ -149,6 +150,7 @@ def main() -> None:
         done = args.work / f"{label}-{weights}-{key}.json".replace(" ", "-")
         if not done.exists():
             file = done.with_suffix(".gguf")
+            print(f"{label}, weighted by {weights} ...", file=sys.stderr, flush=True)
             quantize(quantizer, args.base, file, kind, importances[weights])
             bits = ik_bits(file, args.base) if tools else linear_bits(file)[0]
             found = ik_compare(tools, file, logits) if tools else compare(file)
