@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -138,7 +138,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     ):
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
-            base_path = _base_file(model_dir, work, options, aside)
+            base_path, kept = _base_file(model_dir, work, options, aside)
         with stages.timed("check"):
             plan = make_plan(base_path, options.type, options.embedding_type)
             if not options.dry_run:
@@ -169,6 +169,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
                 changes = _tune(stage, encoded)
         metadata["athena.tuned"] = bool(changes)
         with stages.timed("writing"):
+            kept.result()
             _write(base_path, out, plan, encoded, changes, metadata)
         encoded.remove()
         result = print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
@@ -255,8 +256,9 @@ def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path
     return folder, replace(options, base=base)
 
 
-def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Executor) -> Path:
-    """Where it is; `aside` brings one that is kept to the disk, after which further conversions believe it."""
+def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Executor) -> tuple[Path, Future[None]]:
+    """Where it is. `aside` brings one that is kept to the disk, after which further conversions believe it; what comes
+    with it raises AthenaError if that failed."""
     from athena_gguf.calibration import store
     from athena_gguf.gguf_file import write_base
     from athena_gguf.gguf_file.atomic import require_space
@@ -264,27 +266,30 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
     from athena_gguf.plan import weight_count
 
     check_model(model_dir)
+    nothing: Future[None] = Future()
+    nothing.set_result(None)
     if options.base is not None:
-        return options.base
+        return options.base, nothing
     path, mark = work / "base.gguf", work / "base.model"
     key = store.model_fingerprint(model_dir)
     if path.exists() and mark.exists() and mark.read_text() == key:
         progress.note("base file: taken from the work directory")
-        return path
+        return path, nothing
     require_space(work, 2 * weight_count(model_dir), "the base file")
     mark.unlink(missing_ok=True)
     with progress.stage("base file through llama.cpp's converter"):
         write_base(model_dir, path, sync=False)
-    if options.work_dir is not None:
-        aside.submit(_keep, path, mark, key)
-    return path
+    return path, nothing if options.work_dir is None else aside.submit(_keep, path, mark, key)
 
 
 def _keep(path: Path, mark: Path, key: str) -> None:
     from athena_gguf.gguf_file.atomic import to_disk
 
-    to_disk(path)
-    mark.write_text(key)
+    try:
+        to_disk(path)
+        mark.write_text(key)
+    except OSError as error:
+        raise AthenaError(f"{path} cannot be written: {error}") from error
 
 
 def _allocate(

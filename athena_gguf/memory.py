@@ -35,11 +35,13 @@ def cores() -> int:
 
 
 def host_bytes() -> int:
-    """Memory that can be had without swapping; half of all where the system does not say."""
+    """Memory that can be had without swapping; half of all, or 4 GiB, where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
     except (OSError, StopIteration, ValueError):
+        if not hasattr(os, "sysconf"):  # Windows
+            return 4 << 30
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

@@ -150,3 +150,13 @@ def test_weights_in_pickles_run_nothing(model, trap, tmp_path):
     with pytest.raises(AthenaError):
         load_model(model, torch.device("cpu"), torch.float32)
     assert not trap.exists()
+
+
+def test_no_code_in_the_current_folder_is_run(model, runtime, tmp_path, monkeypatch):
+    """It may be the model's folder."""
+    mark = tmp_path / "run"
+    for name in ("numpy", "athena_gguf", "gguf", "sitecustomize"):
+        (model / f"{name}.py").write_text(MARK.format(str(mark)))
+    monkeypatch.chdir(model)
+    write_base(model, tmp_path / "base.gguf")
+    assert not mark.exists() and (tmp_path / "base.gguf").exists()

@@ -13,6 +13,7 @@ one), is read with them as tokens, which llama-perplexity by itself does not do.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -106,9 +107,11 @@ def texts(named: list[tuple[str, Path]], base: Path, work: Path) -> list[Text]:
         reader, logits = base, work / f"logits-{name}"
         text = path.read_bytes()
         if any(token in text for token in control):
-            reader, path = work / "base-for-chat.gguf", work / f"{name}.txt"
+            about = f"{base.absolute()} {base.stat().st_size} {base.stat().st_mtime_ns}"
+            title = hashlib.sha256(about.encode()).hexdigest()[:8]
+            reader, path = work / f"base-for-chat-{title}.gguf", work / f"{name}.renamed-{title}.txt"
             path.write_bytes(renamed(text, control))
-            if not reader.exists() or reader.stat().st_mtime_ns < base.stat().st_mtime_ns:
+            if not reader.exists():
                 with_renamed_control_tokens(base, reader)
         found.append(Text(name, path, reader, logits))
     return found

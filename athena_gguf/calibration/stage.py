@@ -240,8 +240,9 @@ class Stage:
         return 34 * self._widest**2 + _PIECES + sum(self._expert_bytes())
 
     def _waiting_bytes(self) -> int:
-        """While a GPU encodes and measures at the same time: of the next metric, and of curvatures that wait."""
-        return (34 + 8) * self._widest**2 + _PIECES // 10
+        """While a GPU encodes and measures at the same time: of the next metric and weights, and of curvatures that
+        wait."""
+        return (34 + 8) * self._widest**2 + _PIECES // 10 + self._expert_bytes()[1]
 
     def _expert_bytes(self) -> tuple[int, int]:
         """Of the curvatures of a block's experts, and of the weights in float32 that read one of their inputs."""

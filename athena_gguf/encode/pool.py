@@ -73,7 +73,8 @@ class EncodePool:
 
         from athena_gguf.encode.passes import feedback_pass, sweep
 
-        ends = np.cumsum([len(weight) for weight in weights])
+        lengths = [len(weight) for weight in weights]
+        ends = np.cumsum(lengths)
         rows, columns = int(ends[-1]), weights[0].shape[1]
         weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         piece, ready = PIECE, None
@@ -90,7 +91,7 @@ class EncodePool:
         def result() -> list[Encoded]:
             parts = [p.result() for p in pieces]
             found = EncodedRows(*(np.concatenate([getattr(p, of) for p in parts]) for of in ("data", "loss", "power")))
-            return [found.total(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+            return [found.total(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
         return result
 

@@ -236,6 +236,7 @@ class _GpuQueue:
         sys.setswitchinterval(_TURN)
         for pool, jobs, thread, device in zip(self.pools, self.jobs, self.threads, self.devices, strict=True):
             self.stack.enter_context(pool)
+            self.stack.callback(thread.shutdown, wait=True, cancel_futures=True)
             jobs.append((0.0, thread.submit(self._compile, pool, device)))
         return self
 
@@ -244,16 +245,15 @@ class _GpuQueue:
         import torch
 
         from athena_gguf.encode import Metric
+        from athena_gguf.encode.cuda.launch import cache_explained
         from athena_gguf.format import GROUP, TYPES
 
-        with torch.cuda.device(device), torch.cuda.stream(pool.stream):
+        with cache_explained(), torch.cuda.device(device), torch.cuda.stream(pool.stream):
             metric = Metric.identity(GROUP, device)
             for kind in sorted(set(self.plan.encoded.values())):
                 pool.submit(metric.plain, metric, TYPES[kind])()
 
     def __exit__(self, *exception: object) -> None:
-        for thread in self.threads:
-            thread.shutdown(wait=True, cancel_futures=True)
         self.stack.__exit__(None, None, None)
 
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:

@@ -126,7 +126,7 @@ class BlockModel:
         for name, _ in block.named_parameters():
             name = f"{prefix}.{name}"
             if name in self.pieces and name not in self.ahead:
-                self.ahead[name] = self.reader.submit(self._read, name)
+                self.ahead[name] = self.reader.submit(self._read_ahead, name)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """The process that runs llama.cpp's converter, as it is, in less time and without a model's own code:
 
-    python -m athena_gguf.model.converter [--trust-remote-code] SCRIPT ARGUMENT ...
+    python -c "...; main()" [--trust-remote-code] SCRIPT ARGUMENT ...
 
 The converter loads some tokenizers with `trust_remote_code=True`, which is refused here unless the option is given. It
 rounds to BF16 by a dozen NumPy operations on 64-bit integers, and makes a tensor only when the one before is in the
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import athena_gguf
 from athena_gguf.bfloat16 import to_bfloat16
 from athena_gguf.model.lazy_tensors import make_ahead
 
@@ -27,7 +28,10 @@ _TRUST = "--trust-remote-code"
 
 def command(script: Path, trust: bool) -> list[str]:
     """How to start this process with the converter `script`; its arguments follow."""
-    return [sys.executable, "-m", __name__, *([_TRUST] if trust else []), str(script)]
+    # Not with -m, which would import what lies in the current folder, be it the model's.
+    package = str(Path(athena_gguf.__file__).absolute().parents[1])
+    start = f"import sys; sys.path[:] = [*filter(None, sys.path), {package!r}]; from {__name__} import main; main()"
+    return [sys.executable, "-c", start, *([_TRUST] if trust else []), str(script)]
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
         no_code.forbid()
     script = Path(arguments[0])
     sys.argv = arguments
-    sys.path[0] = str(script.parent)
+    sys.path.insert(0, str(script.parent))
     hasten(script.parent / "gguf-py")
     runpy.run_path(str(script), run_name="__main__")
 

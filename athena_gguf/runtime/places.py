@@ -6,23 +6,13 @@ from pathlib import Path
 
 import athena_gguf
 from athena_gguf.errors import AthenaError
+from athena_gguf.folders import cache_dir
 
 
 def default_dir() -> Path:
     """`$ATHENA_GGUF_RUNTIME`, or `runtime` in `cache_dir()`."""
     chosen = os.environ.get("ATHENA_GGUF_RUNTIME")
     return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "runtime"
-
-
-def cache_dir() -> Path:
-    """`athena-gguf` in the user's cache directory."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "athena-gguf"
 
 
 def resolve(folder: Path | None) -> Path:

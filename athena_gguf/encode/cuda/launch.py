@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.folders import cache_dir
 from athena_gguf.gguf_file.atomic import atomic_write
-from athena_gguf.runtime.places import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +62,28 @@ def configure(kernel: Any, blocks: int | tuple[int, ...], threads: int | tuple[i
     return kernel[blocks, threads, cuda.external_stream(torch.cuda.current_stream().cuda_stream), shared]
 
 
+def kernel(function: Callable[..., None]) -> Any:
+    """Decorates a kernel, which Numba compiles once and keeps, if it can, for other processes."""
+    from numba import cuda
+
+    try:
+        return cuda.jit(fastmath=True, cache=True)(function)
+    except (OSError, RuntimeError):  # no folder that it could keep anything in
+        return cuda.jit(fastmath=True)(function)
+
+
+@contextmanager
+def cache_explained() -> Iterator[None]:
+    """Turn what Numba raises where it cannot read or write what it keeps into an AthenaError."""
+    try:
+        yield
+    except (OSError, EOFError, PickleError) as error:
+        raise AthenaError(
+            f"Numba cannot keep or read compiled kernels: {error or type(error).__name__}; make room, and delete "
+            f"{cache_dir() / 'kernels'} and {Path(__file__).parent / '__pycache__'}"
+        ) from error
+
+
 def made_kernel(name: str, source: str, constants: dict[str, npt.NDArray[Any]]) -> Any:
     """The kernel `name` that `source` defines, with these arrays in it.
 
@@ -68,21 +94,21 @@ def made_kernel(name: str, source: str, constants: dict[str, npt.NDArray[Any]]) 
 
     namespace: dict[str, Any] = {"cuda": cuda, "float32": float32, "int32": int32, **constants}
 
-    def kernel(file: str, cache: bool) -> Any:
+    def made(file: str, cache: bool) -> Any:
         exec(compile(source, file, "exec"), namespace)
         return cuda.jit(fastmath=True, cache=cache)(namespace[name])
 
     if simulated():
-        return kernel(f"<{name}>", cache=False)
+        return made(f"<{name}>", cache=False)
     digest = hashlib.sha256(source.encode())
     for key, array in constants.items():
         digest.update(f"{key} {array.dtype} {array.shape}".encode() + array.tobytes())
-    path = cache_dir() / "kernels" / f"{name}_{digest.hexdigest()[:16]}.py"
     try:
+        path = cache_dir() / "kernels" / f"{name}_{digest.hexdigest()[:16]}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # an older time would make Numba compile again
             with atomic_write(path) as file:
                 file.write(source.encode())
-        return kernel(str(path), cache=True)
+        return made(str(path), cache=True)
     except (OSError, AthenaError, RuntimeError):  # Numba raises the last one where it cannot keep anything
-        return kernel(f"<{name}>", cache=False)
+        return made(f"<{name}>", cache=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import cuda, float32
 
+from athena_gguf.encode.cuda.launch import kernel
 from athena_gguf.format import GROUP, LANES
 
 ROWS = 8  # of a block of the descent; neighbouring threads hold neighbouring rows
@@ -13,7 +14,7 @@ SHARE = 32  # threads of a row
 PER_LANE = GROUP // LANES  # steps of a group
 
 
-@cuda.jit(fastmath=True, cache=True)
+@kernel
 def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped-def]
     """Keep the scale byte of a group if it errs less than the best before. A thread a group.
 
@@ -37,7 +38,7 @@ def pick(x, values, scale, unit, tried, best, codes):  # type: ignore[no-untyped
         codes[row, group] = tried[row, group]
 
 
-@cuda.jit(fastmath=True, cache=True)
+@kernel
 def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     """Entries of the normal equations of some groups, for all rows. A thread a row and pair of groups.
 
@@ -56,7 +57,7 @@ def reduce(products, values, first, normal):  # type: ignore[no-untyped-def]
     normal[other, group, row] = total
 
 
-@cuda.jit(fastmath=True, cache=True)
+@kernel
 def descend(normal, right, scales, middles, fits, sweeps, fitted, codes):  # type: ignore[no-untyped-def]
     """`athena_gguf.encode.cpu.descend` for rows that lie side by side. Blocks of (ROWS, SHARE) threads, with 4 ROWS
     groups bytes of shared memory.

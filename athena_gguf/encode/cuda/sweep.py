@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from numba import cuda, float32
 
+from athena_gguf.encode.cuda.launch import kernel
+
 _LANES = 32  # threads of a row
 _ROWS = 4  # of a block
 
 
-@cuda.jit(fastmath=True, cache=True)
+@kernel
 def aim(shift, values, scale, target, first):  # type: ignore[no-untyped-def]
     """`target` = what the values come to, plus `shift`. A thread a column.
 
@@ -21,7 +23,7 @@ def aim(shift, values, scale, target, first):  # type: ignore[no-untyped-def]
         target[row, t] = shift[row, t] + float32(values[row, first + t]) * scale[row, t]
 
 
-@cuda.jit(fastmath=True, cache=True)
+@kernel
 def settle(pull, shift, scale, cost, found_symbols, found_values, symbols, values, moved, first):  # type: ignore[no-untyped-def]
     """Takes over what the search found for the rows whose loss it lowers. Blocks of (32, 4) threads, 32 a row.
 
