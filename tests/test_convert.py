@@ -228,7 +228,7 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
 
 
 def test_base_file_that_is_not_on_the_disk(tiny_model, tiny_base, options, tmp_path, monkeypatch):
-    """It is used, but no further conversion believes it; without a work directory nothing waits for the disk."""
+    """That is an error, and no further conversion believes it; without a work directory nothing waits for the disk."""
     tried, works, sync = [], True, os.fsync
 
     def fsync(handle):
@@ -244,7 +244,8 @@ def test_base_file_that_is_not_on_the_disk(tiny_model, tiny_base, options, tmp_p
     convert(tiny_model, out, options(base=None))
     assert tried == []
     works = False
-    convert(tiny_model, out, options(base=None, work_dir=work))
+    work.mkdir()
+    refused(tiny_model, out, options(base=None, work_dir=work), r"base\.gguf cannot be written: .*error")
     assert tried == [False] and not (work / "base.model").exists()
     works = True
     convert(tiny_model, out, options(base=None, work_dir=work))
