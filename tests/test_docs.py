@@ -73,7 +73,7 @@ def options_of(words: list[str]) -> set[str]:
     command = typer.main.get_command(app)
     for word in words:
         command = command.commands[word]
-    return {option for parameter in command.params for option in parameter.opts}
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def test_the_readme_names_commands_and_options_that_exist():
