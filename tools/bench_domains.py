@@ -14,16 +14,13 @@ one), is read with them as tokens, which llama-perplexity by itself does not do.
 
 import argparse
 import hashlib
-import json
 import re
 import shutil
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from check_runs import free_port, running
+from check_runs import free_port, post, running
 
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.gguf_file.atomic import temporary_beside
@@ -126,19 +123,13 @@ def answers(file: Path, tokens: int, threads: int | None) -> list[list[int]]:
     command: list[object] = [binary("llama-server"), "-m", file, "--host", "127.0.0.1", "--port", port, "-c", 2048]
     command += ["--parallel", 1, "--fit", "off", "--no-warmup", *(["-t", threads] if threads else [])]
 
-    def ask(path: str, request: dict[str, Any]) -> Any:
-        header = {"Content-Type": "application/json"}
-        target = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(request).encode(), header)
-        with urllib.request.urlopen(target) as reply:
-            return json.load(reply)
-
     found = []
     with running(command, port, "/health"):
         for prompt in PROMPTS:
             if chat:
-                prompt = ask("/apply-template", {"messages": [{"role": "user", "content": prompt}]})["prompt"]
+                prompt = post(port, "/apply-template", {"messages": [{"role": "user", "content": prompt}]})["prompt"]
             request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
-            found.append(ask("/completion", request | {"return_tokens": True})["tokens"])
+            found.append(post(port, "/completion", request | {"return_tokens": True})["tokens"])
     return found
 
 

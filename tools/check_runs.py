@@ -107,13 +107,18 @@ def running(command: Sequence[object], port: int, path: str | None) -> Iterator[
                 process.wait()
 
 
+def post(port: int, path: str, request: dict[str, Any]) -> Any:
+    """What a llama-server on this machine answers."""
+    header = {"Content-Type": "application/json"}
+    target = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(request).encode(), header)
+    with urllib.request.urlopen(target) as reply:
+        return json.load(reply)
+
+
 def ask(port: int, prompt: str, tokens: int, with_gaps: bool) -> Answer:
     request: dict[str, Any] = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
     request |= {"return_tokens": True, "ignore_eos": True, "n_probs": 2 if with_gaps else 0}
-    body = json.dumps(request).encode()
-    header = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, header)) as reply:
-        said = json.load(reply)
+    said = post(port, "/completion", request)
     timings = said["timings"]
     places = said["completion_probabilities"] if with_gaps else []
     tops = [[top["logprob"] for top in place["top_logprobs"]] for place in places]

@@ -80,7 +80,7 @@ class EncodePool:
         piece, ready = PIECE, None
         if self.gpu:
             piece = -(-rows // -(-rows * columns // GPU_PIECE))
-            ready = _mark(metric.device)
+            ready = mark(metric.device)
         else:
             feedback_pass(kind)  # made here: workers that ask for them at once would each compile their own
             sweep(kind)
@@ -105,8 +105,8 @@ class EncodePool:
             return encode_each(weight, metric, kind, self.options, self.gpu)
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """What a GPU has to do until weight and metric are there, if this thread works on a stream of its own."""
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """What this thread's stream has to do until now on a GPU, for other streams to wait for; None for a CPU."""
     import torch
 
     if device.type != "cuda":

@@ -258,16 +258,13 @@ class _GpuQueue:
 
     def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
         """Start with tensors that read an input of this curvature, as soon as a GPU has room for it."""
-        import torch
+        from athena_gguf.encode.pool import mark
 
         load = [sum(size for size, job in jobs if not job.done()) for jobs in self.jobs]
         at = load.index(min(load))
         while len(self.jobs[at]) > (ON_CARD - 1 if self.overlap else 1):
             self.jobs[at].popleft()[1].result()
-        measured = None
-        if matrix is not None and matrix.is_cuda:
-            measured = torch.cuda.Event()
-            measured.record(torch.cuda.current_stream(matrix.device))
+        measured = None if matrix is None else mark(matrix.device)
         columns = self.plan.shapes[names[0]][-1]
         weights = sum(self.plan.elements(name) for name in names)
         # In proportion to seconds of an H100, of 4,096 and 14,336 columns.

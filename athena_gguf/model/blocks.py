@@ -120,11 +120,9 @@ class BlockModel:
         """Begin to load a block, if there is one of this number, and room for it and the one before to stay."""
         if index >= len(self.blocks) or index in self.kept:
             return
-        block, prefix = self.blocks[index], self.names[id(self.blocks[index])]
-        if 2 * sum(p.nbytes for p in block.parameters()) > self.left:
+        if 2 * sum(p.nbytes for p in self.blocks[index].parameters()) > self.left:
             return
-        for name, _ in block.named_parameters():
-            name = f"{prefix}.{name}"
+        for name in self._parameters(index):
             if name in self.pieces and name not in self.ahead:
                 self.ahead[name] = self.reader.submit(self._read_ahead, name)
 
@@ -133,10 +131,10 @@ class BlockModel:
         """The block, with its weights on the device."""
         import torch
 
-        block, prefix = self.blocks[index], self.names[id(self.blocks[index])]
+        block = self.blocks[index]
         if index not in self.kept:
-            for name, _ in block.named_parameters():
-                self._fill(f"{prefix}.{name}")
+            for name in self._parameters(index):
+                self._fill(name)
         try:
             yield block
         finally:
@@ -147,6 +145,11 @@ class BlockModel:
             if index not in self.kept:
                 for name, parameter in list(block.named_parameters()):
                     _set(block, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _parameters(self, index: int) -> list[str]:
+        """Names of a block's parameters in the model."""
+        block = self.blocks[index]
+        return [f"{self.names[id(block)]}.{name}" for name, _ in block.named_parameters()]
 
     def _fill(self, name: str) -> None:
         import torch

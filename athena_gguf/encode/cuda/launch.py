@@ -79,7 +79,7 @@ def cache_explained() -> Iterator[None]:
         yield
     except (OSError, EOFError, PickleError) as error:
         raise AthenaError(
-            f"Numba cannot keep or read compiled kernels: {error or type(error).__name__}; make room, and delete "
+            f"Numba cannot keep or read compiled kernels: {str(error) or type(error).__name__}; make room, and delete "
             f"{cache_dir() / 'kernels'} and {Path(__file__).parent / '__pycache__'}"
         ) from error
 
@@ -101,8 +101,8 @@ def made_kernel(name: str, source: str, constants: dict[str, npt.NDArray[Any]]) 
     if simulated():
         return made(f"<{name}>", cache=False)
     digest = hashlib.sha256(source.encode())
-    for key, array in constants.items():
-        digest.update(f"{key} {array.dtype} {array.shape}".encode() + array.tobytes())
+    for key, values in constants.items():
+        digest.update(f"{key} {values.dtype} {values.shape}".encode() + values.tobytes())
     try:
         path = cache_dir() / "kernels" / f"{name}_{digest.hexdigest()[:16]}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
