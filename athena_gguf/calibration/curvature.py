@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 _CAP = 10.0
 _PART = 1 << 26  # numbers of a gradient looked at in one go
 
+# Gives u_t of tokens from |g_t|^2 [tokens]; the tuple names the tensors that read the input.
+Weigh = Callable[[tuple[str, ...], "torch.Tensor"], "torch.Tensor"]
+
+
+def tempered(names: tuple[str, ...], squares: torch.Tensor) -> torch.Tensor:
+    """u_t = |g_t|"""
+    return squares.sqrt()
+
 
 @dataclass
 class LayerInput:
@@ -70,7 +78,7 @@ class Lookup:
 class _Input:
     """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
 
-    def __init__(self, layers: Sequence[LinearLayer], matrix: torch.Tensor) -> None:
+    def __init__(self, layers: Sequence[LinearLayer], matrix: torch.Tensor, weigh: Weigh) -> None:
         """`matrix` [columns, columns]: zeros, where the sum goes."""
         import torch
 
@@ -79,7 +87,7 @@ class _Input:
         self.readers = len(layers)
         sizes = [torch.linalg.vector_norm(layer.module.weight, dim=1, dtype=torch.float32) for layer in layers]
         self.row_sizes = [size / size.square().mean().sqrt() for size in sizes]
-        self.sum_xx = matrix
+        self.sum_xx, self.weigh = matrix, weigh
         self.sum_u = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_squares = torch.zeros(self.readers, dtype=torch.float64, device=device)
@@ -107,7 +115,7 @@ class _Input:
             self.add()
 
     def add(self) -> None:
-        u = self.norms.sqrt()
+        u = self.weigh(self.names, self.norms)
         x = self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None]
         self.sum_xx.addmm_(x.T, x)
         self.sum_u += u.double().sum()
@@ -119,7 +127,7 @@ class _Input:
 class _ExpertInputs:
     """The inputs of one of the stacked weights of a mixture of experts: those that each expert was sent."""
 
-    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+    def __init__(self, layers: Sequence[LinearLayer], weigh: Weigh) -> None:
         import torch
 
         first = layers[0].module
@@ -130,7 +138,7 @@ class _ExpertInputs:
         self.parts = []
         for expert in range(experts):
             those = [replace(layer, module=SimpleNamespace(weight=layer.module.weight[expert])) for layer in layers]
-            self.parts.append(_Input(those, self.matrices[expert]))
+            self.parts.append(_Input(those, self.matrices[expert], weigh))
         self.tokens = 0
         self.clear()
 
@@ -187,13 +195,13 @@ class Collector:
     gradients; those that do not run in it, or several times, get no curvature.
     """
 
-    def __init__(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> None:
-        self.inputs = _group([layer for layer in layers if not isinstance(layer.module, ExpertLayers)], probe)
+    def __init__(self, layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh = tempered) -> None:
+        self.inputs = _group([layer for layer in layers if not isinstance(layer.module, ExpertLayers)], probe, weigh)
         experts: dict[tuple[int, str], list[LinearLayer]] = {}
         for layer in layers:
             if isinstance(layer.module, ExpertLayers):
                 experts.setdefault((id(layer.module.owner), layer.module.parameter), []).append(layer)
-        self.experts = [_ExpertInputs(found) for found in experts.values()]
+        self.experts = [_ExpertInputs(found, weigh) for found in experts.values()]
         self.by_module = {id(layer.module): (group, i) for group, found in self.inputs for i, layer in enumerate(found)}
         self.exits = ExitStack()
 
@@ -263,18 +271,19 @@ def measure_curvature(
     seed: int = 0,
     advance: Callable[[float], None] = lambda tokens: None,
     lookup: Lookup | None = None,
+    weigh: Weigh = tempered,
 ) -> list[Curvature]:
     """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids; `lookup` is filled in too.
 
     `labels`: "text" takes the next token of the window as the label of the loss, "sampled" draws it from the model's
-    own prediction. `advance` is called with the tokens done. Raises AthenaError naming the tensor if a curvature is
-    not finite.
+    own prediction. `advance` is called with the tokens done; `weigh` gives the u_t of a batch's tokens, window by
+    window. Raises AthenaError naming the tensor if a curvature is not finite.
     """
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    collector = Collector(layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False))
+    collector = Collector(layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False), weigh)
     rows = RowPower(device)
     handle = require_gradients(model, rows)
     try:
@@ -370,7 +379,9 @@ def require_gradients(model: Any, rows: RowPower) -> Any:
     return model.get_input_embeddings().register_forward_hook(hook)
 
 
-def _group(layers: Sequence[LinearLayer], probe: Callable[[], object]) -> list[tuple[_Input, list[LinearLayer]]]:
+def _group(
+    layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh
+) -> list[tuple[_Input, list[LinearLayer]]]:
     """Layers that read the same tensor, found by running a few tokens; without those that run more than once."""
     import torch
 
@@ -393,7 +404,7 @@ def _group(layers: Sequence[LinearLayer], probe: Callable[[], object]) -> list[t
             handle.remove()
     groups = [(x, [m for m in members if runs[m.module_name] == 1]) for x, members in seen.values()]
     return [
-        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device)), members)
+        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device), weigh), members)
         for x, members in groups
         if members
     ]

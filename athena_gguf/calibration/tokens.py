@@ -24,22 +24,27 @@ def text_windows(tokenizer: Any, files: Sequence[Path], tokens: int, length: int
     """
     import torch
 
-    pieces = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise AthenaError(f"{path}: cannot read the calibration text: {e}") from e
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-        pieces.append(ids[: len(ids) // length * length].reshape(-1, length))
-    windows = torch.cat(pieces)
+    windows = torch.cat([file_windows(tokenizer, path, length) for path in files])
     if not len(windows):
         names = ", ".join(map(str, files))
         raise AthenaError(f"{names}: the calibration text is shorter than one window of {length} tokens")
-    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        windows[:, 0] = tokenizer.bos_token_id  # models that were always given one need it
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[: max(1, tokens // length)]]
+
+
+def file_windows(tokenizer: Any, path: Path, length: int) -> torch.Tensor:
+    """The text of a file in windows [n, length], one after the other. Raises AthenaError if it cannot be read."""
+    import torch
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise AthenaError(f"{path}: cannot read the text: {e}") from e
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        windows[:, 0] = tokenizer.bos_token_id  # models that were always given one need it
+    return windows
 
 
 def self_generated_windows(

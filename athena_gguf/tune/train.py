@@ -106,7 +106,7 @@ def tune(
 
     def mean_loss() -> float:
         with torch.no_grad():
-            losses = [_divergence(model, student, w.to(device)).mean(1) for w in judges.split(part)]
+            losses = [divergence(model, student, w.to(device)).mean(1) for w in judges.split(part)]
         return float(torch.cat(losses).mean())
 
     before = mean_loss()
@@ -119,7 +119,7 @@ def tune(
             queue = torch.cat([queue, torch.randperm(len(pupils), generator=generator)])
         batch, queue = pupils[queue[: options.batch]], queue[options.batch :]
         for some in batch.split(part):
-            loss = _divergence(model, student, some.to(device)).mean(1).sum() / len(batch)
+            loss = divergence(model, student, some.to(device)).mean(1).sum() / len(batch)
             loss.backward()
             advance(len(some))
         if not torch.isfinite(loss):
@@ -158,7 +158,7 @@ def _student(model: Any, matrices: Mapping[str, str], quantized: Callable[[str],
     return student.requires_grad_(False)
 
 
-def _divergence(teacher: Any, student: Any, windows: torch.Tensor) -> torch.Tensor:
+def divergence(teacher: Any, student: Any, windows: torch.Tensor) -> torch.Tensor:
     """KL divergence of the student's predictions from the teacher's, [windows, length]."""
     import torch
 
