@@ -305,6 +305,9 @@ class Sequential:
         self.teacher, self.student = bench.blocks, bench.open_copy()
         self.batches = measured.windows.split(2 if bench.device.type == "cpu" else 16)
         self.by_name = {layer.tensor_name: layer for layer in bench.layers}
+        with torch.no_grad():
+            # The inputs of the block that is next, by batch, in both models.
+            self.hidden = [[model.embed(b.to(bench.device)) for b in self.batches] for model in self.models]
 
     def run(self) -> dict[str, Encoded]:
         inner = {id(m): index for index, block in enumerate(self.teacher.blocks) for m in block.modules()}
@@ -314,18 +317,21 @@ class Sequential:
             by_block.setdefault(inner[id(self.by_name[names[0]].module)], []).append(names)
         found: dict[str, Encoded] = {}
         with torch.no_grad():
-            self.hidden = [[model.embed(b.to(self.bench.device)) for b in self.batches] for model in self.models]
             for index in range(max(by_block) + 1):
                 for names in by_block.get(index, []):
                     encoded = self.encode(index, names)
                     for name, weight in self.bench.decode({n: e.data for n, e in encoded.items()}).items():
                         self.copy_of(name).weight.copy_(weight)
                     found |= encoded
-                with measuring():
-                    for model, hidden in zip(self.models, self.hidden, strict=True):
-                        for b, x in enumerate(hidden):
-                            hidden[b] = model.run(index, x)
+                self.go_on(index)
         return found
+
+    def go_on(self, index: int) -> None:
+        """From the inputs of a block to those of the next one."""
+        with measuring(), torch.no_grad():
+            for model, hidden in zip(self.models, self.hidden, strict=True):
+                for b, x in enumerate(hidden):
+                    hidden[b] = model.run(index, x)
 
     @property
     def models(self) -> tuple[BlockModel, BlockModel]:
@@ -336,6 +342,12 @@ class Sequential:
 
     def encode(self, index: int, names: tuple[str, ...]) -> dict[str, Encoded]:
         """Tensors that read one input of a block."""
+        weights, metric = self.targets(index, names)
+        with self.bench.pool(self.change) as pool:
+            return dict(zip(names, pool.submit_together(weights, metric, self.bench.kind)(), strict=True))
+
+    def targets(self, index: int, names: tuple[str, ...]) -> tuple[list[torch.Tensor], Metric]:
+        """What is to be encoded for each of them [rows, columns]."""
         h, difference, lacking = self.sums(index, names)
         metric = self.bench.metric(self.change, h, names[0])
         weights = [self.by_name[name].module.weight for name in names]
@@ -347,8 +359,7 @@ class Sequential:
                     wanted += lacking.double()
                 change = torch.cholesky_solve(wanted.T, damped).T
                 weights[n] = (weight.double() + self.change.correction * change).float()
-        with self.bench.pool(self.change) as pool:
-            return dict(zip(names, pool.submit_together(weights, metric, self.bench.kind)(), strict=True))
+        return weights, metric
 
     def sums(self, index: int, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """H and C - H [columns, columns] and, where the outputs are added to the residual stream, sum u d y^T [rows,
