@@ -38,6 +38,11 @@ class Calibration:
             _write(folder / "key.json", {"key": key})
         remove_all_abandoned(folder)
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything was measured before, by this process or another; what is kept of it may be damaged."""
+        return (self.folder / "complete.json").exists()
+
     def stream(self, finished: Collection[str] = (), pause: Callable[[], None] = lambda: None) -> Iterator[Curvature]:
         """Every curvature but those whose tensors are all `finished`: those that are kept, then the others as they are
         measured."""
@@ -50,6 +55,8 @@ class Calibration:
                 self.inputs.append(about)
                 known.update(about.tensor_names)
                 yield Curvature(matrix, about)
+            else:  # measured again from all that read the input, of which some may be finished
+                known.difference_update(about.tensor_names)
         done = _read(self.folder / "complete.json") or {"absent": [], "lookup": None}
         self.absent, self.lookup = set(done["absent"]), Lookup(done["lookup"])
         if known >= self.names - self.absent and self.lookup.power is not None:
