@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING, Any
 from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.lock import locked
-from athena_gguf.memory import shortage_explained
+from athena_gguf.memory import short_turns, shortage_explained
 
 if TYPE_CHECKING:
+    import torch
+
     from athena_gguf.allocate import Target
     from athena_gguf.calibration.stage import Memory, Stage
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode.finished import FinishedTensors
+    from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.summary import Result
 
+BESIDE = ("cuda",)  # where the curvature begins while the base file is made; on a CPU both would want its cores
+_THREADS = 4  # two of the curvature, one that makes kernels, one that keeps the base file
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
@@ -95,15 +100,23 @@ class ConvertOptions:
 
 @dataclass
 class Stages:
-    """Seconds of every stage, in order."""
+    """`seconds` of every stage, in order; `beside`: of what other threads did of a stage during others. `spans`: when a
+    stage first began and last ended, in seconds since all began."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str, beside: bool = False) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        end = time.monotonic()
+        times = self.beside if beside else self.seconds
+        times[name] = times.get(name, 0.0) + end - start
+        first, _ = self.spans.get(name, (start - self.begun, 0.0))
+        self.spans[name] = min(first, start - self.begun), end - self.begun
 
 
 def convert(model: Path | str, out: Path | str, options: ConvertOptions | None = None) -> Result:
@@ -111,7 +124,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
-    from athena_gguf.calibration.stage import Memory, Stage, all_of
+    from athena_gguf.calibration.stage import Stage, all_of, wake
     from athena_gguf.cluster import connected
     from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
@@ -134,21 +147,31 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         running_code(options.trust_remote_code),
         _work_dir(options, out) as work,
         nullcontext() if options.ray is None or options.dry_run else connected(options.ray) as cluster,
-        ThreadPoolExecutor(1, "base file") as aside,
+        ThreadPoolExecutor(_THREADS, "beside") as threads,
+        ExitStack() as exits,
     ):
+        devices = all_of(device)
+        awake = threads.submit(wake, devices)
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
-            base_path, kept = _base_file(model_dir, work, options, aside)
+            with _base_file(model_dir, work, options, threads) as base:
+                plan = make_plan(base.header, options.type, options.embedding_type)
+                tokens = options.calibration_tokens or CALIBRATION_TOKENS
+                stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed)
+                calibration = stage.calibration()
+                awake.result()
+                if device.type in BESIDE and not calibration.complete:
+                    exits.enter_context(short_turns())
+                    exits.callback(stage.close)
+                    stage.begin(threads, base.takes)
+                    if device.type == "cuda" and cluster is None:
+                        threads.submit(_kernels, stage, devices, target)
+        base_path = base.path
         with stages.timed("check"):
-            plan = make_plan(base_path, options.type, options.embedding_type)
             if not options.dry_run:
                 require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
-        devices = all_of(device)
-        memory = Memory.of(devices, *options.memory)
-        tokens = options.calibration_tokens or CALIBRATION_TOKENS
-        stage = Stage(model_dir, base_path, plan, work, devices, memory, options, tokens, WINDOW)
-        calibration = stage.calibration(stages.timed)
+        stage.opened()
         metadata = _metadata(options, target, stage.tokens)
         if target or options.dry_run:
             for _ in calibration.stream():  # a choice of types needs them all
@@ -164,15 +187,15 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         )
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
-        if _tunes(options, plan, device, memory):
+        if _tunes(options, plan, device, stage.memory):
             with stages.timed("tuning"):
                 changes = _tune(stage, encoded)
         metadata["athena.tuned"] = bool(changes)
         with stages.timed("writing"):
-            kept.result()
+            base.kept.result()
             _write(base_path, out, plan, encoded, changes, metadata)
         encoded.remove()
-        result = print_summary(out, plan, encoded.losses, calibration.inputs, stages.seconds)
+        result = print_summary(out, plan, encoded.losses, calibration.inputs, stages)
         if options.report is not None:
             logits = work / "report-logits" if options.work_dir else None
             write_report(options.report, out, result, base_path, model, model_dir, options.report_text, logits)
@@ -256,30 +279,66 @@ def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path
     return folder, replace(options, base=base)
 
 
-def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Executor) -> tuple[Path, Future[None]]:
-    """Where it is. `aside` brings one that is kept to the disk, after which further conversions believe it; what comes
-    with it raises AthenaError if that failed."""
+@dataclass
+class _Base:
+    """The base file, at `path`; its `header`. `takes`: bytes of memory that making it takes. `kept` raises AthenaError
+    if a file for further conversions did not get to the disk."""
+
+    path: Path
+    header: GGUFFile
+    takes: int = 0
+    kept: Future[None] = field(default_factory=Future)
+
+
+@contextmanager
+def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Executor) -> Iterator[_Base]:
+    """What is done inside goes on while the file is made, which is complete afterwards. `aside` brings one that is kept
+    to the disk, after which further conversions believe it."""
     from athena_gguf.calibration import store
-    from athena_gguf.gguf_file import write_base
+    from athena_gguf.gguf_file import GGUFFile, writing_base
     from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.gguf_file.base import check_model
+    from athena_gguf.model.lazy_tensors import most_bytes
     from athena_gguf.plan import weight_count
 
     check_model(model_dir)
-    nothing: Future[None] = Future()
-    nothing.set_result(None)
-    if options.base is not None:
-        return options.base, nothing
-    path, mark = work / "base.gguf", work / "base.model"
+    path, mark = options.base or work / "base.gguf", work / "base.model"
     key = store.model_fingerprint(model_dir)
-    if path.exists() and mark.exists() and mark.read_text() == key:
+    there = options.base is not None
+    if not there and path.exists() and mark.exists() and mark.read_text() == key:
         progress.note("base file: taken from the work directory")
-        return path, nothing
+        there = True
+    if there:
+        with GGUFFile(path) as header:
+            base = _Base(path, header)
+            yield base
+        base.kept.set_result(None)
+        return
     require_space(work, 2 * weight_count(model_dir), "the base file")
     mark.unlink(missing_ok=True)
-    with progress.stage("base file through llama.cpp's converter"):
-        write_base(model_dir, path, sync=False)
-    return path, nothing if options.work_dir is None else aside.submit(_keep, path, mark, key)
+    with (
+        progress.stage("base file through llama.cpp's converter"),
+        writing_base(model_dir, path, sync=False) as header,
+    ):
+        base = _Base(path, header, most_bytes())
+        yield base
+    if options.work_dir is None:
+        base.kept.set_result(None)
+    else:
+        base.kept = aside.submit(_keep, path, mark, key)
+
+
+def _kernels(stage: Stage, devices: Sequence[torch.device], target: Target | None) -> None:
+    """Make or load what encodes on GPUs while there is time. Errors are left to the encoding, which does the same."""
+    import torch
+
+    from athena_gguf.encode.stage import make_kernels
+    from athena_gguf.format import TYPES
+
+    if not stage.has_model():  # while it is opened, torch's default type of numbers is another one
+        return
+    kinds = set(TYPES) if target else set(stage.plan.encoded.values())
+    make_kernels(devices, map(torch.cuda.Stream, devices), kinds)
 
 
 def _keep(path: Path, mark: Path, key: str) -> None:

@@ -11,6 +11,7 @@ from athena_gguf.errors import AthenaError
 # Parameters of mallopt(3) in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_TURN = 2e-4  # seconds until a thread that runs Python lets another one do so
 
 
 def keep_freed_memory() -> None:
@@ -32,6 +33,18 @@ def keep_freed_memory() -> None:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads take turns more often: one that hands a GPU its work does so in thousands of short calls, and another
+    one that compiles, or reads, must not stop it for long."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def host_bytes() -> int:

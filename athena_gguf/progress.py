@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 Form = Literal["text", "quiet", "json"]
@@ -17,6 +18,8 @@ _EVENT_SECONDS = 1.0  # between two JSON lines of one bar
 _WARNING = "warning: "
 _form: Form = "text"
 _shown: Any = None
+_users = 0  # of the display that is shown
+_showing = Lock()
 
 
 def set_form(form: Form) -> None:
@@ -59,10 +62,12 @@ def stage(name: str) -> Iterator[None]:
         _event("start", stage=name)
         yield
     elif _form == "text" and sys.stderr.isatty():
-        from rich.console import Console
-
-        with Console(stderr=True).status(name):
-            yield
+        with _display() as display:
+            task = display.add_task(name, total=None)
+            try:
+                yield
+            finally:
+                display.remove_task(task)
     else:
         note(f"{name} ...")
         yield
@@ -105,21 +110,33 @@ def late_bar(name: str, total: float) -> Iterator[Advance]:
 
 @contextmanager
 def _display() -> Iterator[Any]:
-    """The terminal's display of bars: one for all that are open, since a terminal can have no other."""
-    global _shown
-    if _shown is not None:
-        yield _shown
-        return
+    """The terminal's display of bars: one for all that are open, in whatever order they end and by whatever thread,
+    since a terminal can have no other."""
+    global _shown, _users
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    clock = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clock, console=Console(stderr=True), transient=True) as _shown:
-        try:
-            yield _shown
-        finally:
-            _shown = None
+    with _showing:
+        if not _users:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(show_speed=False))
+            clock = (TimeElapsedColumn(), TimeRemainingColumn())
+            _shown = Progress(*columns, *clock, console=Console(stderr=True), transient=True)
+            _shown.start()
+        _users += 1
+    try:
+        yield _shown
+    finally:
+        with _showing:
+            _users -= 1
+            if not _users:
+                _shown.stop()
 
 
 def _end(name: str, start: float) -> None:

@@ -16,6 +16,7 @@ from athena_gguf.report.inspection import bits_per_weight
 
 if TYPE_CHECKING:
     from athena_gguf.calibration import LayerInput
+    from athena_gguf.conversion import Stages
     from athena_gguf.plan import Plan
 
 # An input whose curvature rests on fewer tokens than this many times its columns has noise in it.
@@ -27,7 +28,8 @@ class Result:
     """What a conversion made, or would make. `bytes`: of the file, `bpw`: bits of all tensors a weight,
     `predicted_kld`: nats a token, None where nothing was predicted, `types`: of every matrix. Of a file that was
     written also `losses`: of every encoded tensor, as a share (0 to 1) of its power under the curvature, and
-    `seconds` of every stage."""
+    `seconds` of every stage, what was done `beside` them by other threads, and `spans`, from the first beginning of a
+    stage to its last end since the conversion began."""
 
     bytes: int
     bpw: float
@@ -35,10 +37,12 @@ class Result:
     types: dict[str, str]
     losses: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def print_summary(
-    out: Path, plan: Plan, losses: Mapping[str, float], inputs: Sequence[LayerInput], seconds: Mapping[str, float]
+    out: Path, plan: Plan, losses: Mapping[str, float], inputs: Sequence[LayerInput], stages: Stages
 ) -> Result:
     """Types and losses of tensors, effective tokens of inputs, size, bits a weight, time of every stage, on stderr."""
     if len({plan.kind(name) for name in plan.shapes if name not in EMBEDDINGS}) > 1:
@@ -78,11 +82,21 @@ def print_summary(
     progress.note(f"{out}: {size / 2**20:.1f} MiB, {over_all:.3f} bits a weight over all")
     if predicted is not None:
         progress.note(f"predicted KL divergence from the base file: {predicted:.4g} nats a token")
-    times = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
-    progress.note(f"time: {times}; total {sum(seconds.values()):.1f} s")
+    times, meanwhile = (
+        ", ".join(f"{name} {s:.1f} s" for name, s in of.items()) for of in (stages.seconds, stages.beside)
+    )
+    beside = f"; beside them {meanwhile}" if meanwhile else ""
+    progress.note(f"time: {times}; total {sum(stages.seconds.values()):.1f} s{beside}")
     types = {name: plan.kind(name) for name in plan.shapes}
     return Result(
-        size, over_all, predicted if isinstance(predicted, float) else None, types, dict(losses), dict(seconds)
+        size,
+        over_all,
+        predicted if isinstance(predicted, float) else None,
+        types,
+        dict(losses),
+        stages.seconds,
+        stages.beside,
+        stages.spans,
     )
 
 

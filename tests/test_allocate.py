@@ -266,7 +266,8 @@ def test_bench_quality_prints_what_was_asked_for(tiny_model, tiny_base, runtime,
 
 def test_unmeasured_tensors_count_as_the_average(tiny_base, tmp_path):
     """Without any curvature, the loss is the squared error relative to the tensor's power, a weight of the model."""
-    plan = make_plan(tiny_base, None, None)
+    with GGUFFile(tiny_base) as base:
+        plan = make_plan(base, None, None)
     nothing = store.Calibration("none", [], tmp_path, False, lambda *arguments: iter(()))
     losses = measure_losses(tiny_base, plan, nothing, EncodeOptions(sweeps=0), torch.device("cpu"), seed=0)
     name = "blk.0.attn_k.weight"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from athena_gguf.errors import AthenaError
-from athena_gguf.gguf_file import GGUFFile, write_base
+from athena_gguf.gguf_file import GGUFFile, write_base, writing_base
 
 
 @pytest.fixture
@@ -98,3 +98,20 @@ def test_unknown_tensor(model, tmp_path, runtime):
     path = model / "model.safetensors"
     save_file(load_file(path) | {"model.layers.0.mystery.weight": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
     refused(model, tmp_path, r"mystery\.weight")
+
+
+def test_header_comes_first(tiny_model, tiny_base, tmp_path):
+    """What is done meanwhile knows the tensors; what goes wrong in it ends the converter."""
+    out = tmp_path / "out.gguf"
+    with writing_base(tiny_model, out) as header:
+        assert not out.exists() and header.path == out
+        described = {tensor.name: (tensor.shape, tensor.type_name, tensor.n_bytes) for tensor in header}
+        metadata = header.metadata
+    assert out.read_bytes() == tiny_base.read_bytes()
+    with GGUFFile(out) as file:
+        assert described == {tensor.name: (tensor.shape, tensor.type_name, tensor.n_bytes) for tensor in file}
+        assert metadata == file.metadata
+    out.unlink()
+    with pytest.raises(ZeroDivisionError), writing_base(tiny_model, out):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -49,11 +49,13 @@ def test_curvature_is_that_of_the_whole_model(devices, family, config, tmp_path,
     folder = tiny.make(tmp_path / "model", family, **config)
     windows = torch.randint(0, 300, (5, 32), generator=torch.Generator().manual_seed(0))
     model = load_model(folder, CPU, torch.float32)
-    models = [open_blocks(folder, CPU, torch.float32) for _ in range(devices)]
+    models = open_blocks(folder, [CPU] * devices, torch.float32)
     lookup, by_blocks = Lookup(), Lookup()
     whole = {c.about.tensor_names: c for c in measure_curvature(model, linear(model), windows, 2, lookup=lookup)}
     shelves = [Shelf(CPU, 20_000, 40_000, tmp_path / f"{n}") for n in range(devices)]
-    measured = blockwise.measure_blockwise(models, shelves, linear(models[0].model), windows, 2, by_blocks)
+    passes = blockwise.Passes(models, shelves, windows, 2)
+    passes.forward()
+    measured = passes.backward(linear(models[0].model), by_blocks)
     seen = []
     for found in measured:
         expected = whole.pop(found.about.tensor_names)
@@ -75,12 +77,14 @@ def _backwards(name):
 
 
 def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
-    blocks = open_blocks(tiny_model, CPU, torch.float32)
+    (blocks,) = open_blocks(tiny_model, [CPU], torch.float32)
     windows = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     layers = linear(blocks.model)
     done = {layer.tensor_name for layer in layers if "layers.1" in layer.tensor_name or "head" in layer.tensor_name}
     shelf = Shelf(CPU, 1 << 20, 0, tmp_path)
-    found = list(blockwise.measure_blockwise([blocks], [shelf], layers, windows, 2, Lookup(), done))
+    passes = blockwise.Passes([blocks], [shelf], windows, 2)
+    passes.forward()
+    found = list(passes.backward(layers, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
 
 
@@ -90,7 +94,7 @@ def test_weights_under_other_names_are_not_run_by_blocks(tmp_path):
     folder = tiny.make(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     save_file({name.replace("mlp", "ffn"): w for name, w in weights.items()}, folder / "model.safetensors")
-    assert open_blocks(folder, CPU, torch.float32) is None
+    assert open_blocks(folder, [CPU], torch.float32) is None
 
 
 def test_conversion_in_little_memory_gives_the_same_file(tiny_model, options, tmp_path, short_windows):
@@ -131,8 +135,8 @@ def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, option
 
 def test_experts_in_little_memory(runtime, text, tmp_path, short_windows, monkeypatch):
     """A file as good; transformers computes experts in another order where none is watched, and last bits differ."""
-    by_blocks, measure = [], blockwise.measure_blockwise
-    monkeypatch.setattr(blockwise, "measure_blockwise", lambda *a, **k: by_blocks.append(a) or measure(*a, **k))
+    by_blocks, forward = [], blockwise.Passes.forward
+    monkeypatch.setattr(blockwise.Passes, "forward", lambda passes: by_blocks.append(passes) or forward(passes))
     model = tiny.make(tmp_path / "model", "Mixtral", num_local_experts=3, num_experts_per_tok=2)
     settings = {"calibration": (str(text),), "calibration_tokens": 512, "device": "cpu", "embedding_type": "Q8_0"}
     files = [tmp_path / "whole.gguf", tmp_path / "blocks.gguf"]

@@ -194,16 +194,19 @@ def test_work_dir(tiny_model, tiny_base, options, text, tmp_path, monkeypatch):
     """Base file and curvature are used again, but not after the model or a setting changed."""
     model, made = shutil.copytree(tiny_model, tmp_path / "model"), []
 
-    def write_base(model_dir, path, sync):
+    @contextlib.contextmanager
+    def writing_base(model_dir, path, sync):
         made.append("base")
         shutil.copy(tiny_base, path)
+        with GGUFFile(path) as header:
+            yield header
 
     def measure(*arguments, **more):
         made.append("curvature")
         return measured(*arguments, **more)
 
     measured = athena_gguf.calibration.measure_curvature
-    monkeypatch.setattr(athena_gguf.gguf_file, "write_base", write_base)
+    monkeypatch.setattr(athena_gguf.gguf_file, "writing_base", writing_base)
     monkeypatch.setattr(athena_gguf.calibration, "measure_curvature", measure)
     out, work = tmp_path / "out.gguf", tmp_path / "work"
 
@@ -238,7 +241,13 @@ def test_base_file_that_is_not_on_the_disk(tiny_model, tiny_base, options, tmp_p
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(handle)
 
-    monkeypatch.setattr(athena_gguf.gguf_file, "write_base", lambda model, path, sync: shutil.copy(tiny_base, path))
+    @contextlib.contextmanager
+    def writing_base(model_dir, path, sync):
+        shutil.copy(tiny_base, path)
+        with GGUFFile(path) as header:
+            yield header
+
+    monkeypatch.setattr(athena_gguf.gguf_file, "writing_base", writing_base)
     monkeypatch.setattr(os, "fsync", fsync)
     out, work = tmp_path / "out.gguf", tmp_path / "work"
     convert(tiny_model, out, options(base=None))

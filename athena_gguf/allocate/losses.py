@@ -178,15 +178,14 @@ def _sensitivities(base: GGUFFile, plan: Plan, inputs: list[LayerInput], lookup:
             loss += found[name].output * powers.sum() * c.mean_diagonal
             weights += plan.elements(name)
     average = loss / weights if weights else 1.0
-    used = base.metadata.get(f"{plan.architecture}.expert_used_count")
     for name, shape in plan.shapes.items():
         looked_up = name in EMBEDDINGS and name != "output.weight"
         if name in found and not looked_up:
             continue
         powers = found[name].powers if name in found else _powers(base.tensors[name].flat)
         whole = average * plan.elements(name)
-        if len(shape) > 2 and isinstance(used, int) and 0 < used < shape[0]:
-            whole *= used / shape[0]
+        if len(shape) > 2 and plan.experts_used is not None and plan.experts_used < shape[0]:
+            whole *= plan.experts_used / shape[0]
         if looked_up and lookup.power is not None:
             whole = lookup.power / 2 / shape[-1]
         plain = whole / (powers.sum() or 1.0)

@@ -32,62 +32,75 @@ if TYPE_CHECKING:
 _OUTPUT = 1 << 27  # logits made in one go, at most, if that is a window or more
 
 
-def measure_blockwise(
-    models: Sequence[BlockModel],
-    shelves: Sequence[Shelf],
-    layers: Sequence[LinearLayer],
-    windows: torch.Tensor,
-    batch_windows: int,
-    lookup: Lookup,
-    finished: Collection[str] = (),
-    labels: str = "text",
-    seed: int = 0,
-    advance: Callable[[float], None] = lambda tokens: None,
-    pause: Callable[[], None] = lambda: None,
-) -> Iterator[Curvature]:
+class Passes:
     """As `measure_curvature`, from the last layer to the first; each block's curvatures as soon as they are measured.
 
-    `models`, `shelves`: one a device. `layers`: of the first of `models`. Inputs whose tensors are all `finished` are
-    not measured again. `lookup` is filled in at the end. `pause` is called before every block's work.
+    `models`, `shelves`: one a device. `advance` is called with the tokens done, two thirds of them by `backward`.
     """
-    blocks = models[0].blocks
-    inner = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
-    by_block: dict[int, list[LinearLayer]] = {}
-    for layer in layers:
-        if layer.tensor_name not in finished:
-            by_block.setdefault(inner.get(id(layer.torch_module), _NO_BLOCK), []).append(layer)
-    parts = [
-        _Part(*of, by_block, batch_windows, labels, seed)
-        for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
-        if len(of[2])
-    ]
-    share = 1 / (3 * len(blocks))  # of the work of a pass over the tokens, without the output
-    with ThreadPoolExecutor(len(parts), "device") as threads:
 
-        def on_all(work: Callable[[_Part], Any]) -> list[Any]:
-            """What `work` gives for every part, done by all devices at once."""
-            return [work(parts[0])] if len(parts) == 1 else list(threads.map(work, parts))
+    def __init__(
+        self,
+        models: Sequence[BlockModel],
+        shelves: Sequence[Shelf],
+        windows: torch.Tensor,
+        batch_windows: int,
+        labels: str = "text",
+        seed: int = 0,
+        advance: Callable[[float], None] = lambda tokens: None,
+    ) -> None:
+        self.blocks, self.advance, self.tokens = models[0].blocks, advance, windows.numel()
+        self.parts = [
+            _Part(*of, batch_windows, labels, seed)
+            for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
+            if len(of[2])
+        ]
+        self.share = self.tokens / (3 * len(self.blocks))  # of the work, without the output
+        self.threads = ThreadPoolExecutor(len(self.parts), "device")
 
+    def _on_all(self, work: Callable[[_Part], Any]) -> list[Any]:
+        """What `work` gives for every part, done by all devices at once."""
+        if len(self.parts) == 1:
+            return [work(self.parts[0])]
+        return list(self.threads.map(work, self.parts))
+
+    def forward(self) -> None:
+        """Every block's input, put away."""
         with measuring():
-            on_all(_Part.begin)
-            for index in range(len(blocks)):
-                on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
-                advance(windows.numel() * share)
-        for index in (_NO_BLOCK, *reversed(range(len(blocks)))):
+            self._on_all(_Part.begin)
+            for index in range(len(self.blocks)):
+                self._on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
+                self.advance(self.share)
+
+    def backward(
+        self,
+        layers: Sequence[LinearLayer],
+        lookup: Lookup,
+        finished: Collection[str] = (),
+        pause: Callable[[], None] = lambda: None,
+    ) -> Iterator[Curvature]:
+        """The curvatures, after the forward pass. `layers`: of the first model. Inputs whose tensors are all `finished`
+        are not measured again. `lookup` is filled in at the end. `pause` is called before every block's work."""
+        inner = {id(module): index for index, block in enumerate(self.blocks) for module in block.modules()}
+        by_block: dict[int, list[LinearLayer]] = {}
+        for layer in layers:
+            if layer.tensor_name not in finished:
+                by_block.setdefault(inner.get(id(layer.torch_module), _NO_BLOCK), []).append(layer)
+        for index in (_NO_BLOCK, *reversed(range(len(self.blocks)))):
             pause()
+            those = by_block.get(index, [])
             with measuring():
                 if index == _NO_BLOCK:
-                    first, *others = on_all(_Part.output)
+                    first, *others = self._on_all(lambda part, of=those: part.output(of))  # type: ignore[misc]
                 else:
-                    first, *others = on_all(lambda part, at=index: part.backward(at))  # type: ignore[misc]
-                    advance(2 * windows.numel() * share)
+                    first, *others = self._on_all(lambda part, at=index, of=those: part.backward(at, of))  # type: ignore[misc]
+                    self.advance(2 * self.share)
                 for other in others:
                     first.add(other)
             found = first.finish()
             del first, others
             while found:
                 yield found.pop(0)
-        lookup.power = sum(on_all(_Part.end)) / windows.numel()
+        lookup.power = sum(self._on_all(_Part.end)) / self.tokens
 
 
 _NO_BLOCK = -1
@@ -101,15 +114,17 @@ class _Part:
         blocks: BlockModel,
         shelf: Shelf,
         windows: torch.Tensor,
-        layers: dict[int, list[LinearLayer]],
         batch_windows: int,
         labels: str,
         seed: int,
     ) -> None:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
-        self.layers = {n: [layer.of(blocks.model) for layer in of] for n, of in layers.items()}
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
         self.probe = self.batches[0][:1, :8]
+
+    def _collector(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> Collector:
+        """Of these layers in this device's copy of the model."""
+        return Collector([layer.of(self.blocks.model) for layer in layers], probe)
 
     def begin(self) -> None:
         """The inputs of the first block."""
@@ -129,7 +144,7 @@ class _Part:
             for b in range(len(self.batches)):
                 self.shelf.put((index + 1, b), self.blocks.run(index, self.shelf.look((index, b))))
 
-    def output(self) -> Collector:
+    def output(self, layers: Sequence[LinearLayer]) -> Collector:
         """From the last block's output to the loss and back; few windows at a time, since logits are large."""
         import torch
 
@@ -137,7 +152,7 @@ class _Part:
         generator = torch.Generator(blocks.device).manual_seed(self.seed)
         with torch.no_grad():
             width = blocks.output(small, self.probe).shape[-1]
-        collector = Collector(self.layers.get(_NO_BLOCK, []), lambda: blocks.output(small, self.probe))
+        collector = self._collector(layers, lambda: blocks.output(small, self.probe))
         with collector:
             for b, batch in enumerate(self.batches):
                 hidden = self.shelf.take((len(blocks.blocks), b))
@@ -156,11 +171,11 @@ class _Part:
                 self.shelf.put(("gradient", b), gradient)
         return collector
 
-    def backward(self, index: int) -> Collector:
+    def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector:
         """From the gradient at a block's output to that at its input."""
         blocks, shelf = self.blocks, self.shelf
         with blocks.loaded(index):
-            collector = Collector(self.layers.get(index, []), lambda: blocks.run(index, self.small))
+            collector = self._collector(layers, lambda: blocks.run(index, self.small))
             with collector:
                 for b in range(len(self.batches)):
                     collector.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
 class Shelf:
     """Holds tensors by key on `device` up to `device_bytes`, then in host memory up to `host_bytes`, then in files in
-    `folder`, which nobody else writes to. What is taken makes room again."""
+    `folder`, which nobody else writes to. What is taken makes room again. `disk` is called before anything is written
+    to a file."""
 
-    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, folder: Path) -> None:
-        self.device, self.folder = device, folder
+    def __init__(
+        self,
+        device: torch.device,
+        device_bytes: int,
+        host_bytes: int,
+        folder: Path,
+        disk: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device, self.folder, self.disk = device, folder, disk
         self.room = {"device": device_bytes, "host": host_bytes}
         self.held: dict[Hashable, tuple[str, torch.Tensor | Path]] = {}
         self.files = 0
@@ -36,6 +44,7 @@ class Shelf:
         elif place == "host":
             self.held[key] = place, tensor.cpu()
         else:
+            self.disk()
             self.folder.mkdir(exist_ok=True)
             require_space(self.folder, tensor.nbytes, "what the calibration cannot hold in memory")
             path = self.folder / f"{self.files}.safetensors"

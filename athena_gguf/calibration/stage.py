@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import CancelledError, Executor, Future, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf import progress
@@ -20,6 +24,7 @@ from athena_gguf.plan import block_of
 if TYPE_CHECKING:
     import torch
 
+    from athena_gguf.calibration.blockwise import Passes
     from athena_gguf.conversion import ConvertOptions
     from athena_gguf.model import LinearLayer
     from athena_gguf.model.blocks import BlockModel
@@ -61,31 +66,78 @@ def all_of(device: torch.device) -> list[torch.device]:
     return [device]
 
 
+def wake(devices: Sequence[torch.device]) -> None:
+    """Have GPUs ready for work, which takes some tenths of a second each."""
+    import torch
+
+    for device in devices:
+        if device.type == "cuda":
+            torch.linalg.cholesky(torch.eye(2, device=device))  # threads that use it first at the same time fail
+
+
+@dataclass
+class _Run:
+    """The calibration's text, and the model that it runs through: its `passes`, None where it is run whole. Leaving
+    `exits` puts away what they work with; `advance` tells the tokens done."""
+
+    windows: torch.Tensor
+    models: list[BlockModel]
+    passes: Passes | None
+    advance: Callable[[float], None]
+    exits: ExitStack
+
+
+@dataclass
+class _Beside:
+    """What goes on beside the making of the base file: `opened` and then its forward pass, until `stopped`. `disk` is
+    set once files may be written, which until then would take the base file's room."""
+
+    opened: Future[_Run]
+    forward: Future[None]
+    stopped: Event
+    disk: Event
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.disk.set()
+        wait([self.opened])
+        wait([self.forward])
+
+
 @dataclass
 class Stage:
-    """What the calibration works with. `window`: tokens of a window."""
+    """What the calibration works with. `window`: tokens of a window. `timed(name, beside)` is a context that adds to a
+    stage's time."""
 
     model_dir: Path
     base_path: Path
     plan: Plan
     work: Path
     devices: Sequence[torch.device]
-    memory: Memory
     options: ConvertOptions
     tokens: int
     window: int
+    timed: Callable[..., AbstractContextManager[None]]
+    taken: int = field(default=0, init=False)
+    beside: _Beside | None = field(default=None, init=False)
 
     @property
     def device(self) -> torch.device:
         """The first, for what is done on one."""
         return self.devices[0]
 
-    def calibration(self, timed: Callable[[str], Any]) -> store.Calibration:
-        """The curvature of every input of the planned layers, from the work directory where it was measured before.
-        `timed(name)` is a context that adds to a stage's time."""
-        options, plan = self.options, self.plan
+    @cached_property
+    def memory(self) -> Memory:
+        """As it is when it is first asked for."""
+        found = Memory.of(self.devices, *self.options.memory)
+        return replace(found, host=max(0, found.host - self.taken))
+
+    @cached_property
+    def _key(self) -> str:
+        """Of everything that the curvatures depend on."""
+        options = self.options
         files = [*options.texts, *([options.base] if options.base else [])]
-        key = store.fingerprint(
+        return store.fingerprint(
             self.model_dir,
             files,
             list(options.calibration),
@@ -93,52 +145,134 @@ class Stage:
             self.window,
             options.seed,
             self.device.type,
-            sorted(plan.curved),
+            sorted(self.plan.curved),
         )
-        keep = options.work_dir is not None or bool(plan.free)
 
-        def measure(finished: Collection[str], lookup: Lookup, pause: Callable[[], None]) -> Iterator[Curvature]:
-            with timed("calibration text"):
-                windows = self.kept_windows(key)
-            pause()
-            yield from self._measured(windows, finished, lookup, pause, timed)
+    def calibration(self) -> store.Calibration:
+        """The curvature of every input of the planned layers, from the work directory where it was measured before."""
+        keep = self.options.work_dir is not None or bool(self.plan.free)
+        return store.Calibration(self._key, self.plan.curved, self.work / "curvature", keep, self._measured)
 
-        return store.Calibration(key, plan.curved, self.work / "curvature", keep, measure)
+    def begin(self, threads: Executor, taken: int = 0) -> None:
+        """Start, in two of `threads`, with what needs the plan but nothing else of the base file: text, the model, and
+        its forward pass. `calibration` goes on from there, and has the errors; leave with `close`. `taken`: bytes of
+        the host's memory that the base file takes meanwhile."""
+        self.taken = taken
+        stopped, disk = Event(), Event()
 
-    def _measured(
-        self,
-        windows: torch.Tensor,
-        finished: Collection[str],
-        lookup: Lookup,
-        pause: Callable[[], None],
-        timed: Callable[[str], Any],
-    ) -> Iterator[Curvature]:
-        import torch
+        def check() -> None:
+            if stopped.is_set():
+                raise CancelledError
 
-        models = self._blocks()
-        try:
+        def before_files() -> None:
+            disk.wait()
+            check()
+
+        def forward() -> None:
+            run = opened.result()
+            if run.passes is not None:
+                with timed("curvature"), self._shortage_explained():
+                    run.passes.forward()
+
+        timed = partial(self.timed, beside=True)
+        # What the user allowed is known in this context; a thread begins with another one.
+        opened = threads.submit(copy_context().run, self._open, timed, lambda: None, check, before_files)
+        self.beside = _Beside(opened, threads.submit(copy_context().run, forward), stopped, disk)
+
+    def opened(self) -> None:
+        """The base file is complete: wait until what `begin` started leaves room for encoding. Raises AthenaError for
+        what went wrong with it."""
+        if self.beside is None:
+            return
+        self.beside.disk.set()
+        with self.timed("curvature"):
+            self.beside.opened.result()
+            if not self.overlap:
+                self.beside.forward.result()
+
+    def has_model(self) -> bool:
+        """Whether `begin` opened it; waits for that."""
+        if (beside := self.beside) is None:
+            return False
+        wait([beside.opened])
+        return not beside.stopped.is_set() and beside.opened.exception() is None
+
+    def close(self) -> None:
+        """End what `begin` started, if nothing was measured with it."""
+        beside, self.beside = self.beside, None
+        if beside is None:
+            return
+        beside.stop()
+        if beside.opened.exception() is None:
+            with suppress(CancelledError), beside.opened.result().exits:
+                raise CancelledError
+
+    def _measured(self, finished: Collection[str], lookup: Lookup, pause: Callable[[], None]) -> Iterator[Curvature]:
+        beside = self.beside
+        run = self._open(self.timed, pause) if beside is None else beside.opened.result()
+        self.beside = None
+        with run.exits, self._shortage_explained():
+            if beside is not None:
+                run.exits.callback(beside.stop)
             found: list[Curvature] = []
-            with progress.bar("curvature of the loss", windows.numel()) as advance:
-                if models is None:
-                    with timed("curvature"):
-                        found = self._whole(windows, lookup, advance)
-                else:
-                    measured = self._blockwise(models, windows, finished, lookup, advance, pause)
-                    while True:
-                        with timed("curvature"):
-                            curvature = next(measured, None)
-                        if curvature is None:
-                            break
-                        yield curvature
+            if run.passes is None:
+                with self.timed("curvature"):
+                    found = self._whole(run, lookup)
+            else:
+                with self.timed("curvature"):
+                    layers = self._layers(run.models[0].model, run.models[0].columns)
+                    if beside is None:
+                        run.passes.forward()
+                    else:
+                        beside.forward.result()
+                measured = run.passes.backward(layers, lookup, finished, pause)
+                while True:
+                    with self.timed("curvature"):
+                        curvature = next(measured, None)
+                    if curvature is None:
+                        break
+                    yield curvature
             while found:
                 yield found.pop(0)
+
+    @contextmanager
+    def _shortage_explained(self) -> Iterator[None]:
+        import torch
+
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             raise AthenaError(
                 f"{self.model_dir}: the GPU's memory is too small to measure the curvature: {error}; close what else "
                 "runs there, or use --device cpu"
             ) from error
 
-    def _whole(self, windows: torch.Tensor, lookup: Lookup, advance: Callable[[float], None]) -> list[Curvature]:
+    def _open(
+        self,
+        timed: Callable[[str], Any],
+        pause: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
+        before_files: Callable[[], None] = lambda: None,
+    ) -> _Run:
+        """`pause` is called between the text and the model, `check` in between again and again: it may raise."""
+        with timed("calibration text"):
+            windows = self.kept_windows(check)
+        pause()
+        with timed("curvature"), ExitStack() as exits, self._shortage_explained():
+            models = self._blocks()
+            check()
+            tell = exits.enter_context(progress.bar("curvature of the loss", windows.numel()))
+
+            def advance(tokens: float) -> None:
+                check()
+                tell(tokens)
+
+            if models is None:
+                return _Run(windows, [], None, advance, exits.pop_all())
+            passes = self._passes(models, windows, advance, before_files, exits)
+            return _Run(windows, models, passes, advance, exits.pop_all())
+
+    def _whole(self, run: _Run, lookup: Lookup) -> list[Curvature]:
         import torch
 
         from athena_gguf.calibration import measure_curvature
@@ -149,7 +283,7 @@ class Stage:
         layers = self._layers(model, lambda layer, which: layer.module.weight[..., which])
         batch = 2 if self.device.type == "cpu" else 16
         with measuring():
-            return measure_curvature(model, layers, windows, batch, advance=advance, lookup=lookup)
+            return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
 
     def _blocks(self) -> list[BlockModel] | None:
         """The model to run block by block, on every device. None to run it whole, which is faster on a CPU whose memory
@@ -164,35 +298,29 @@ class Stage:
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(1)
-        models = [open_blocks(self.model_dir, device, dtype, max(0, room)) for device in self.devices]
-        return [model for model in models if model is not None] or None
+        return open_blocks(self.model_dir, self.devices, dtype, max(0, room))
 
-    def _blockwise(
+    def _passes(
         self,
         models: list[BlockModel],
         windows: torch.Tensor,
-        finished: Collection[str],
-        lookup: Lookup,
         advance: Callable[[float], None],
-        pause: Callable[[], None],
-    ) -> Iterator[Curvature]:
-        from athena_gguf.calibration.blockwise import largest_batch, measure_blockwise
+        before_files: Callable[[], None],
+        exits: ExitStack,
+    ) -> Passes:
+        from athena_gguf.calibration.blockwise import Passes, largest_batch
         from athena_gguf.calibration.shelf import Shelf
 
-        layers = self._layers(models[0].model, models[0].columns)
         on_cpu = self.device.type == "cpu"
         memory = self.memory.host if on_cpu else self.memory.device
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
         room = max(0, memory - self._working_bytes(batch) - models[0].resident_bytes)
         host = 0 if on_cpu else self.memory.host // len(models)
-        shelves = [Shelf(model.device, room, host, self.work / f"shelf{n}") for n, model in enumerate(models)]
-        try:
-            yield from measure_blockwise(
-                models, shelves, layers, windows, batch, lookup, finished, advance=advance, pause=pause
-            )
-        finally:
-            for shelf in shelves:
-                shelf.close()
+        shelves = []
+        for n, model in enumerate(models):
+            shelves.append(Shelf(model.device, room, host, self.work / f"shelf{n}", before_files))
+            exits.callback(shelves[-1].close)
+        return Passes(models, shelves, windows, batch, advance=advance)
 
     @cached_property
     def _widest(self) -> int:
@@ -203,12 +331,8 @@ class Stage:
     def _width(self) -> int:
         """Numbers that a token has in the widest place of a block: inside the experts it has those of every one that it
         is sent to."""
-        from athena_gguf.gguf_file import GGUFFile
-
-        with GGUFFile(self.base_path) as base:
-            used = base.metadata.get(f"{self.plan.architecture}.expert_used_count")
         inner = [self.plan.shapes[name][-1] for name in self.plan.curved if name.endswith("ffn_down_exps.weight")]
-        return max(self._widest, max(inner, default=0) * (used if isinstance(used, int) else 1))
+        return max(self._widest, max(inner, default=0) * (self.plan.experts_used or 1))
 
     def _activation_bytes(self, batch: int) -> int:
         """Of the backward pass of a block, for `batch` windows."""
@@ -290,24 +414,24 @@ class Stage:
             )
         return layers
 
-    def kept_windows(self, key: str) -> torch.Tensor:
+    def kept_windows(self, check: Callable[[], None]) -> torch.Tensor:
         """`windows`, from the work directory if they were made before."""
         import torch
         from safetensors.torch import load_file, save_file
 
         from athena_gguf.gguf_file.atomic import temporary_beside
 
-        path = self.work / f"tokens.{key[:16]}.safetensors"
+        path = self.work / f"tokens.{self._key[:16]}.safetensors"
         try:
             return load_file(path)["windows"]
         except Exception:  # absent, or whatever a damaged file raises: make them again
-            windows = self.windows(self.tokens, self.options.seed)
+            windows = self.windows(self.tokens, self.options.seed, check)
         with temporary_beside(path) as temporary:
             save_file({"windows": windows.to(torch.int64).contiguous()}, temporary)
         return windows
 
-    def windows(self, tokens: int, seed: int) -> torch.Tensor:
-        """Calibration text [windows, length] as token ids."""
+    def windows(self, tokens: int, seed: int, check: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """Calibration text [windows, length] as token ids. `check` is called while the model writes."""
         import torch
 
         from athena_gguf.calibration import self_generated_windows, text_windows
@@ -323,7 +447,12 @@ class Stage:
             model = load_model(self.model_dir, self.device, self._text_type())
             # Few threads on the CPU, since each holds the keys and values of a batch of windows.
             batch, threads = (32, min(4, cores())) if self.device.type == "cpu" else (128, 1)
-            with progress.bar("calibration text, written by the model", share) as advance:
+            with progress.bar("calibration text, written by the model", share) as tell:
+
+                def advance(done: int) -> None:
+                    check()
+                    tell(done)
+
                 parts.append(
                     self_generated_windows(model, tokenizer, share, self.window, seed, batch, threads, advance=advance)
                 )

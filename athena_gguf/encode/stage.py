@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf import progress
-from athena_gguf.memory import cores
+from athena_gguf.memory import cores, short_turns
 
 if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.cluster import Cluster
-    from athena_gguf.encode import Encoded, EncodeOptions, EncodePool
+    from athena_gguf.encode import Encoded, EncodeOptions
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.plan import Plan
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 NOT_FED = "no linear layer of the model feeds it"
 WRITES = 8  # finished tensors that wait for the disk, at most
 ON_CARD = 4  # inputs whose curvatures a GPU that measures at the same time holds for its encoding, at most
-_TURN = 2e-4  # seconds until a thread that runs Python lets another one do so
 IN_FLIGHT = 1 << 28  # weights that wait for their encoding on the CPU, at most; a larger tensor waits alone
+_COMPILING = Lock()
 
 
 def encode_tensors(
@@ -98,6 +99,24 @@ def encode_tensors(
             writer.quantize(absent if on_gpu else [*standard, *absent])
             writer.drain()
     return done
+
+
+def make_kernels(devices: Iterable[torch.device], streams: Iterable[torch.cuda.Stream | None], kinds: set[str]) -> None:
+    """Encode next to nothing in each of the A types `kinds`, so that the kernels are there when the first curvature is;
+    one thread at a time, since others would make the same. Raises AthenaError if they cannot be made."""
+    import torch
+
+    from athena_gguf.encode import EncodeOptions, Metric
+    from athena_gguf.encode.cuda.launch import cache_explained, require_cuda
+    from athena_gguf.encode.matrix import encode_each
+    from athena_gguf.format import GROUP, TYPES
+
+    require_cuda()
+    for device, stream in zip(devices, streams, strict=True):
+        with _COMPILING, cache_explained(), torch.cuda.device(device), torch.cuda.stream(stream):
+            metric = Metric.identity(GROUP, device)
+            for kind in sorted(kinds):
+                encode_each(metric.plain, metric, TYPES[kind], EncodeOptions())
 
 
 class Writer:
@@ -226,32 +245,20 @@ class _GpuQueue:
             torch.linalg.cholesky(torch.eye(2, device=device))
         self.pools = [EncodePool(settings, 1, device, own_stream=overlap) for device in devices]
         self.ready = [torch.cuda.Stream(device) if overlap else None for device in devices]
+        # Of the first device, where curvatures are measured: each copies them to one of the others.
+        self.copying = [torch.cuda.Stream(devices[0]) if overlap else None for _ in devices]
         self.threads = [ThreadPoolExecutor(2 if overlap else 1, f"{device}") for device in devices]
         self.jobs: list[deque[tuple[float, Future[None]]]] = [deque() for _ in devices]
         self.stack = ExitStack()
 
     def __enter__(self) -> _GpuQueue:
-        # Threads here hand out work in thousands of short calls; a thread that compiles must not stop them for long.
-        self.stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(_TURN)
+        self.stack.enter_context(short_turns())
+        kinds = set(self.plan.encoded.values())
         for pool, jobs, thread, device in zip(self.pools, self.jobs, self.threads, self.devices, strict=True):
             self.stack.enter_context(pool)
             self.stack.callback(thread.shutdown, wait=True, cancel_futures=True)
-            jobs.append((0.0, thread.submit(self._compile, pool, device)))
+            jobs.append((0.0, pool.workers.submit(make_kernels, [device], [pool.stream], kinds)))
         return self
-
-    def _compile(self, pool: EncodePool, device: torch.device) -> None:
-        """Encode next to nothing, so that the kernels are there when the first curvature is."""
-        import torch
-
-        from athena_gguf.encode import Metric
-        from athena_gguf.encode.cuda.launch import cache_explained
-        from athena_gguf.format import GROUP, TYPES
-
-        with cache_explained(), torch.cuda.device(device), torch.cuda.stream(pool.stream):
-            metric = Metric.identity(GROUP, device)
-            for kind in sorted(set(self.plan.encoded.values())):
-                pool.submit(metric.plain, metric, TYPES[kind])()
 
     def __exit__(self, *exception: object) -> None:
         self.stack.__exit__(None, None, None)
@@ -265,10 +272,10 @@ class _GpuQueue:
         while len(self.jobs[at]) > (ON_CARD - 1 if self.overlap else 1):
             self.jobs[at].popleft()[1].result()
         measured = None if matrix is None else mark(matrix.device)
-        columns = self.plan.shapes[names[0]][-1]
+        *matrices, _, columns = self.plan.shapes[names[0]]  # every expert has a metric of its own
         weights = sum(self.plan.elements(name) for name in names)
         # In proportion to seconds of an H100, of 4,096 and 14,336 columns.
-        size = weights * (1 + columns / 6400) + columns**3 / 84000
+        size = weights * (1 + columns / 6400) + math.prod(matrices) * columns**3 / 84000
         self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, measured, list(names))))
 
     def _encode(
@@ -282,9 +289,8 @@ class _GpuQueue:
         device = self.devices[at]
         with torch.cuda.device(device), torch.cuda.stream(self.ready[at]):
             if matrix is not None and measured is not None:
-                measured.wait()
-                # Copied in this stream of its own device, too, where a copy would otherwise wait for the measurement.
-                with torch.cuda.stream(self.ready[self.devices.index(matrix.device)]):
+                # A copy is made in a stream of the device that it comes from, and this device's waits for it.
+                with torch.cuda.stream(self.copying[at] if matrix.device != device else None):
                     measured.wait()
                     matrix = matrix.to(device)
             for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, device):

@@ -4,15 +4,21 @@ import os
 import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import temporary_beside
+from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.model import converter
 from athena_gguf.model.load import check_model_dir
 from athena_gguf.model.trust import check_model_files, check_model_size, runs_code
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+
+_LOOK = 0.05  # seconds between two looks at what the converter has written
 
 
 def write_base(
@@ -24,6 +30,16 @@ def write_base(
     Raises AthenaError if the directory is no model, its weights are truncated or corrupt, or the converter does not
     know the architecture.
     """
+    with writing_base(model_dir, out_path, runtime_dir, sync=sync):
+        pass
+
+
+@contextmanager
+def writing_base(
+    model_dir: Path | str, out_path: Path | str, runtime_dir: Path | None = None, *, sync: bool = True
+) -> Iterator[GGUFFile]:
+    """As `write_base`; what is done inside goes on while the converter's process writes the tensors. Gives the file's
+    header, which is there once the converter has accepted the model. An exception inside ends the converter."""
     model_dir, out_path = Path(model_dir), Path(out_path).absolute()
     check_model(model_dir)
     from athena_gguf.runtime import source_tree
@@ -33,10 +49,34 @@ def write_base(
         arguments = [str(model_dir.absolute()), "--outtype", "bf16", "--outfile", str(temporary)]
         process = converter.command(tree / "convert_hf_to_gguf.py", runs_code())
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
-        result = subprocess.run(process + arguments, stdout=said, stderr=said, env=environment)
-        if result.returncode:
+        with subprocess.Popen(process + arguments, stdout=said, stderr=said, env=environment) as running:
+            try:
+                header = _header(running, temporary)
+                if header is not None:
+                    header.path = out_path
+                    yield header
+                running.wait()
+            except BaseException:
+                running.kill()
+                raise
+        if running.returncode:
             said.seek(0)
             raise AthenaError(f"{model_dir} cannot be converted: {_reason(said.read().decode(errors='replace'))}")
+
+
+def _header(running: subprocess.Popen[bytes], path: Path) -> GGUFFile | None:
+    """Of the file that the process writes, as soon as it is whole; None if the process failed before."""
+    seen = 0
+    while not (status := running.poll()):
+        if (size := path.stat().st_size) > seen or status == 0:
+            seen = size
+            try:
+                return GGUFFile(path, unfinished=True)
+            except AthenaError:  # some of it is not there yet
+                if status == 0:
+                    raise
+        time.sleep(_LOOK)
+    return None
 
 
 def check_model(model_dir: Path) -> None:

@@ -93,11 +93,12 @@ class GGUFFile:
 
     `fields`: key -> Field in file order; `tensors`: name -> Tensor in file order. Raises AthenaError naming the file
     and what is wrong with it if it is absent, no GGUF, truncated, of a newer format version, or if anything in it
-    points outside of it.
+    points outside of it. `unfinished`: one whose header is there, while its tensors are still written; their data are
+    zeros.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, unfinished: bool = False) -> None:
+        self.path, self.unfinished = Path(path), unfinished
         try:
             with open(self.path, "rb") as handle:
                 start = handle.read(4)
@@ -110,6 +111,8 @@ class GGUFFile:
         self.fields: dict[str, Field] = {}
         self.tensors: dict[str, Tensor] = {}
         self._parse(Cursor(memoryview(self._map), self.path))
+        if unfinished:  # nothing points into it, and where files are locked it could not be renamed
+            del self._map
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -198,6 +201,8 @@ class GGUFFile:
             raise AthenaError(
                 f"{self.path}: tensor {name} of shape {list(shape)}: {error}; the file is corrupt"
             ) from None
+        if self.unfinished:
+            return Tensor(name, shape, kind, np.broadcast_to(np.uint8(0), (*shape[:-1], width)))
         size = math.prod(shape[:-1]) * width
         if offset + size > self.n_bytes:
             raise AthenaError(

@@ -18,6 +18,11 @@ _BYTES = 6  # that a tensor takes while it is made, for each of its own: float32
 _MOST_BYTES = 8 << 30  # of all tensors that are made ahead of their turn
 
 
+def most_bytes() -> int:
+    """That the tensors take which are made ahead, at most."""
+    return min(_MOST_BYTES, host_bytes() // 4)
+
+
 def make_ahead(gguf: Any) -> None:
     """Have the module's GGUFWriter make its LazyNumpyTensors in threads before it writes them, which it does in the
     order of its list."""
@@ -38,7 +43,7 @@ def make_ahead(gguf: Any) -> None:
             expected.clear()
             return write(self, *args, **kwargs)
         # torch's thread count is kept per thread.
-        made = ahead(tasks, cores(), min(_MOST_BYTES, host_bytes() // 4), partial(torch.set_num_threads, 1))
+        made = ahead(tasks, cores(), most_bytes(), partial(torch.set_num_threads, 1))
         del tasks  # and with it what was made, once it is written
         try:
             return write(self, *args, **kwargs)
