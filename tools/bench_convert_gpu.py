@@ -2,12 +2,16 @@
 
     python tools/bench_convert_gpu.py TOKENIZER_MODEL WORK --calibration TEXT [--shape 1B 3B 8B] [--blocks N]
         [--tokens 131072] [--window 2048] [--type A3] [--gpus 1 2] [--gpu-memory none 12GiB] [--host-memory 64GiB]
+        [--given-base]
 
 TOKENIZER_MODEL lends its tokenizer; the models and their base files are made in WORK, which needs four times the size
 of the model, and removed. With `--blocks N` only N of the shape's blocks are made, and a line scales up what they took.
-Every stage is the conversion's own. The floor of a stage is its operations (docs/method.md) over what this card was
-measured to do in the same run: products of bfloat16, TF32 and float64 numbers, and a sixteenth of its float32 peak for
-the search.
+Every conversion makes its base file, as a user's does; with `--given-base` one is made before, for all of them.
+Every stage is the conversion's own: seconds that it alone took, and "beside" those of work that went on meanwhile in
+other threads. Curvature and encoding are counted from when the first of them (calibration text and opening the model
+included) began, be it beside the base file, to when the last tensor was encoded: with a wait for the base file in
+between where there was one. The floor of a stage is its operations (docs/method.md) over what this card was measured to
+do in the same run: products of bfloat16, TF32 and float64 numbers, and a sixteenth of its float32 peak for the search.
 """
 
 from __future__ import annotations
@@ -162,7 +166,7 @@ def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dic
         calibration_tokens=args.tokens,
         device=args.device,
         tune=False,
-        base=base,
+        base=base if args.given_base else None,
         gpu_memory=args.gpu_memory[0],
         host_memory=args.host_memory,
     )
@@ -172,7 +176,14 @@ def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dic
     seconds = time.perf_counter() - start
     cards = range(torch.cuda.device_count()) if args.device == "cuda" else ()
     on_card = [torch.cuda.max_memory_reserved(card) / 2**30 for card in cards]
-    return {"seconds": seconds, "stages": result.seconds, "GPU GiB": on_card, "host GiB": host.most / 2**30}
+    return {
+        "seconds": seconds,
+        "stages": result.seconds,
+        "beside": result.beside,
+        "spans": result.spans,
+        "GPU GiB": on_card,
+        "host GiB": host.most / 2**30,
+    }
 
 
 def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -187,10 +198,11 @@ def measure(args: argparse.Namespace, shape: str, rates: dict[str, float]) -> li
         weights = make_model(model, shape, blocks, args.tokenizer, torch.device(args.device))
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        start = time.perf_counter()
-        write_base(model, base, sync=False)  # as a conversion does
-        print(f"\n{shape}, {blocks} of {whole} blocks, {weights / 1e9:.2f}e9 weights")
-        print(f"  base file through llama.cpp's converter: {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"\n{shape}, {blocks} of {whole} blocks, {weights / 1e9:.2f}e9 weights", flush=True)
+        if args.given_base:
+            start = time.perf_counter()
+            write_base(model, base, sync=False)  # as a conversion does
+            print(f"  base file through llama.cpp's converter: {time.perf_counter() - start:.1f} s", flush=True)
         for cards in args.gpus:
             for limit in args.gpu_memory:
                 row = {"shape": shape, "blocks": blocks, "weights": weights, "cards": cards, "limit": limit}
@@ -213,32 +225,53 @@ def _in_process(
     command += ["--type", args.type, "--device", args.device, "--one", str(model), str(base), str(out)]
     command += ["--gpu-memory", limit] if limit else []
     command += ["--host-memory", args.host_memory] if args.host_memory else []
+    command += ["--given-base"] if args.given_base else []
     environment = dict(os.environ)
     if "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(cards)))
+    start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = time.perf_counter() - start
     log = out.with_suffix(f".{cards}.{limit}.log")
     log.write_text(done.stderr)
     if done.returncode:
         print(done.stderr[-3000:])
-        return {"seconds": float("nan"), "stages": {}, "GPU GiB": [], "host GiB": 0.0}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        nothing = {"stages": {}, "beside": {}, "spans": {}, "GPU GiB": [], "host GiB": 0.0}
+        return {"seconds": float("nan"), "process": process, **nothing}
+    return {"process": process, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def _work(row: dict[str, Any]) -> tuple[float, float]:
+    """From when to when curvature and encoding were worked on."""
+    spans = [row["spans"][name] for name in ("calibration text", "curvature", "encoding") if name in row["spans"]]
+    return min((first for first, _ in spans), default=0.0), max((last for _, last in spans), default=0.0)
 
 
 def _print(row: dict[str, Any], whole: int) -> None:
     limit = f", --gpu-memory {row['limit']}" if row["limit"] else ""
-    print(f"  {row['cards']} GPU{'s' * (row['cards'] > 1)}{limit}: {row['seconds']:.1f} s")
+    print(
+        f"  {row['cards']} GPU{'s' * (row['cards'] > 1)}{limit}: {row['seconds']:.1f} s from end to end, "
+        f"{row['process']:.1f} s with the process and its imports"
+    )
     for name, took in row["stages"].items():
-        print(f"    {name:18s} {took:8.1f} s")
-    work = sum(row["stages"].get(name, 0.0) for name in ("curvature", "encoding"))
+        beside = f"  beside others {row['beside'][name]:.1f} s" if name in row["beside"] else ""
+        first, last = row["spans"][name]
+        print(f"    {name:18s} {took:8.1f} s{beside}  (second {first:.1f} to {last:.1f})")
+    first, last = _work(row)
+    work = last - first
+    print(f"    text, curvature and encoding, from second {first:.1f} to {last:.1f}: {work:.1f} s")
+    if "base file" in row["spans"]:
+        print(f"    of it after the base file was complete: {last - max(first, row['spans']['base file'][1]):.1f} s")
     if row["floors"]:
         floor = sum(row["floors"].values())
         parts = " and ".join(f"{name} {seconds:.1f} s" for name, seconds in row["floors"].items())
-        print(f"    curvature and encoding, side by side: {work:.1f} s; floor {parts}: {work / floor:.1f} times")
+        print(f"    floor of curvature and encoding, {parts}: {work / floor:.1f} times")
     peaks = ", ".join(f"{peak:.1f}" for peak in row["GPU GiB"])
     print(f"    peak: GPU {peaks} GiB, host {row['host GiB']:.1f} GiB")
     if row["blocks"] < whole:
-        print(f"    both for all {whole} blocks: {work * whole / row['blocks'] / 60:.1f} min, scaled up")
+        print(
+            f"    curvature and encoding of all {whole} blocks: {work * whole / row['blocks'] / 60:.1f} min, scaled up"
+        )
     sys.stdout.flush()
 
 
@@ -259,6 +292,7 @@ def main() -> None:
     parser.add_argument("--host-memory")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--given-base", action="store_true", help="made before, once for all conversions of a model")
     parser.add_argument("--one", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.gpu_memory = [None if limit == "none" else limit for limit in args.gpu_memory]
@@ -272,15 +306,18 @@ def main() -> None:
     rows = [row for shape in args.shape for row in measure(args, shape, rates)]
     if len(rows) > 1:
         print(
-            "\n| shape | weights | GPUs | limit | curvature and encoding, s | s per 1e9 weights | GPU GiB | host GiB |"
+            "\n| shape | weights | GPUs | limit | end to end, s | base file, s | curvature and encoding, s | of it "
+            "after the base file, s | s per 1e9 weights | GPU GiB | host GiB |"
         )
-        print("|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
         for row in rows:
-            work = sum(row["stages"].get(name, 0.0) for name in ("curvature", "encoding"))
+            (first, last), base = _work(row), row["stages"].get("base file", 0.0)
+            after = last - max(first, row["spans"].get("base file", (0.0, 0.0))[1])
             peak = max(row["GPU GiB"], default=0.0)
             print(
-                f"| {row['shape']} | {row['weights'] / 1e9:.2f}e9 | {row['cards']} | {row['limit'] or ''} | {work:.1f} "
-                f"| {work / row['weights'] * 1e9:.1f} | {peak:.1f} | {row['host GiB']:.1f} |"
+                f"| {row['shape']} | {row['weights'] / 1e9:.2f}e9 | {row['cards']} | {row['limit'] or ''} "
+                f"| {row['seconds']:.1f} | {base:.1f} | {last - first:.1f} | {after:.1f} "
+                f"| {(last - first) / row['weights'] * 1e9:.1f} | {peak:.1f} | {row['host GiB']:.1f} |"
             )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
