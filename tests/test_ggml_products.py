@@ -82,6 +82,30 @@ def test_integer_sums_are_exact(library: Library, kind: AType) -> None:
             np.testing.assert_array_equal(got, sums * decode_scale(codes).astype(np.float64)[:, group])
 
 
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+def test_integer_sums_are_exact_around_16_bits(library: Library, kind: AType) -> None:
+    """Activations in proportion to a row's levels: sums of eight products come close to 2^15 and pass it."""
+    rng = np.random.default_rng(6)
+    matrix = random_matrix(kind, 48, 128, rng)
+    symbols, codes = unpack_rows(kind, matrix, 128)
+    integers = levels(kind, symbols).astype(np.int64)[:, 64:]
+    x = np.zeros((8 * 48, 128), np.float32)
+    for token in range(len(x)):
+        if token % 8 == 0:  # the tokens of a panel are alike, those of the next one not
+            factor = np.full(64, 0.3)
+            strong = 16 * rng.integers(4)
+            factor[strong : strong + 16] = rng.uniform(0.5, 3.5)
+            largest = np.argsort((integers[:, strong : strong + 16] ** 2).sum(axis=1))[-4:]
+        q = np.clip(np.rint(factor * integers[rng.choice(largest)]), -127, 127)
+        x[token, 64:] = q * rng.choice((-1, 1))
+        x[token, 64] = 127  # what a step is 1/127 of
+    got = library.multiply(kind, matrix, 128, x, False)
+    if got is None:
+        pytest.skip("neither AVX2 nor NEON: ggml takes dot products")
+    sums = x[:, 64:].astype(np.int64) @ integers.T
+    np.testing.assert_array_equal(got, sums * decode_scale(codes).astype(np.float64)[:, 1])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_only_the_token_that_is_not_finite_is_lost(library: Library, bad: float) -> None:
     rng = np.random.default_rng(3)

@@ -34,6 +34,10 @@ static inline void athena_prefetch(const uint8_t * x, size_t size) {
 #define ATHENA_SHIFT_RIGHT(v, bits, mask) _mm256_and_si256(_mm256_srli_epi16((v), (bits)), _mm256_set1_epi8(mask))
 #define ATHENA_SHIFT_LEFT(v, bits, mask)  _mm256_and_si256(_mm256_slli_epi16((v), (bits)), _mm256_set1_epi8(mask))
 
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define ATHENA_HAVE_VNNI
+#endif
+
 // Adds products of unsigned (0 .. 127) and signed bytes, four to an int32: no version saturates.
 static inline __m256i athena_dot_bytes(__m256i acc, __m256i u, __m256i q) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)

@@ -106,79 +106,125 @@ static ATHENA_INLINE void store_vector(void * p, athena_vector v) {
 
 #endif
 
-// Kernels: 16 rows times one panel, `groups` times 64 columns, added to sums (or, if `first`, in their place).
-
 #if defined(ATHENA_GEMM_AVX512)
+
+#define ATHENA_BLOCK_ROWS  8
+#define ATHENA_SINGLE_ROWS 16
+
+static ATHENA_INLINE athena_vector dot_units(athena_vector dot, int32_t unit, const void * q) {
+    return _mm512_dpbusd_epi32(dot, _mm512_set1_epi32(unit), load_vector(q));
+}
 
 static ATHENA_INLINE __m512 add_scaled(__m512 sum, __m512i dot, float scale, __m512 d) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(_mm512_set1_ps(scale), d), sum);
 }
 
-static void kernel(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
-    for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
-        __m512i dot[ATHENA_TILE_ROWS];
-        const __m512i offset = _mm512_loadu_si512(panel->offset);
-        for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-            dot[m] = offset;
-        }
-        ATHENA_UNROLL(16)
-        for (int c = 0; c < ATHENA_GROUP/4; c++) {
-            const __m512i q = _mm512_loadu_si512(panel->q[c]);
-            ATHENA_UNROLL(16)
-            for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-                int32_t u;
-                memcpy(&u, levels + m*ATHENA_GROUP + 4*c, sizeof(u));
-                dot[m] = _mm512_dpbusd_epi32(dot[m], _mm512_set1_epi32(u), q);
-            }
-        }
-        const __m512 d = _mm512_loadu_ps(panel->d);
-        ATHENA_UNROLL(16)
-        for (int m = 0; m < ATHENA_TILE_ROWS; m++) {
-            const __m512 before = first && g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m*ATHENA_PANEL);
-            _mm512_storeu_ps(sums + m*ATHENA_PANEL, add_scaled(before, dot[m], scales[m], d));
-        }
-    }
+static ATHENA_INLINE void add_to_sums(float * sums, athena_vector dot, float scale, const float * d, bool first) {
+    const __m512 before = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
+    _mm512_storeu_ps(sums, add_scaled(before, dot, scale, _mm512_loadu_ps(d)));
 }
 
 #else
 
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
-#define ATHENA_UNROLL_VNNI ATHENA_UNROLL(16)
-#else
-#define ATHENA_UNROLL_VNNI // three instructions for each of VNNI's leave time for copies
+#define ATHENA_BLOCK_ROWS  4
+#define ATHENA_SINGLE_ROWS 8
+
+static ATHENA_INLINE athena_vector dot_units(athena_vector dot, int32_t unit, const void * q) {
+    dot = athena_dot_bytes(dot, _mm256_set1_epi32(unit), load_vector(q));
+    ATHENA_PIN_VECTOR(dot);
+    return dot;
+}
+
+static ATHENA_INLINE void add_to_sums(float * sums, athena_vector dot, float scale, const float * d, bool first) {
+    const __m256 before = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums);
+    const __m256 factor = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_loadu_ps(d));
+    _mm256_storeu_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, before));
+}
+
 #endif
 
-static void kernel(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
-    for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
-        const __m256 d = _mm256_loadu_ps(panel->d);
-        for (int half = 0; half < ATHENA_TILE_ROWS; half += 8) {
-            __m256i dot[8];
-            const __m256i offset = athena_load(panel->offset);
-            for (int m = 0; m < 8; m++) {
-                dot[m] = offset;
-            }
-            ATHENA_UNROLL_VNNI
-            for (int c = 0; c < ATHENA_GROUP/4; c++) {
-                const __m256i q = athena_load(panel->q[c]);
-                ATHENA_UNROLL(8)
-                for (int m = 0; m < 8; m++) {
-                    int32_t u;
-                    memcpy(&u, levels + (half + m)*ATHENA_GROUP + 4*c, sizeof(u));
-                    dot[m] = athena_dot_bytes(dot[m], _mm256_set1_epi32(u), q);
-                }
-            }
-            ATHENA_UNROLL(8)
-            for (int m = 0; m < 8; m++) {
-                float * sum = sums + (half + m)*ATHENA_PANEL;
-                const __m256 before = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sum);
-                const __m256 factor = _mm256_mul_ps(_mm256_set1_ps(scales[half + m]), d);
-                _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), factor, before));
+// Four columns of a row.
+static ATHENA_INLINE int32_t load_unit(const uint8_t * levels) {
+    int32_t unit;
+    memcpy(&unit, levels, sizeof(unit));
+    return unit;
+}
+
+// Kernels multiply the 16 rows of a tile with one panel or several by blocks of some rows, whose sums stay in registers.
+typedef athena_vector athena_block[ATHENA_SINGLE_ROWS][ATHENA_KERNEL_PANELS];
+
+// Integer products of 64 columns.
+static ATHENA_INLINE void multiply_block(athena_block dot, int rows, int panels, const uint8_t * levels, const athena_panel * panel, size_t stride) {
+    ATHENA_UNROLL(16)
+    for (int m = 0; m < rows; m++) {
+        ATHENA_UNROLL(4)
+        for (int p = 0; p < panels; p++) {
+            dot[m][p] = load_vector(panel[p*stride].offset);
+        }
+    }
+    ATHENA_UNROLL(16)
+    for (int c = 0; c < ATHENA_GROUP/4; c++) {
+        ATHENA_UNROLL(16)
+        for (int m = 0; m < rows; m++) {
+            const int32_t unit = load_unit(levels + m*ATHENA_GROUP + 4*c);
+            ATHENA_UNROLL(4)
+            for (int p = 0; p < panels; p++) {
+                dot[m][p] = dot_units(dot[m][p], unit, panel[p*stride].q[c]);
             }
         }
     }
 }
 
+static ATHENA_INLINE void add_block(athena_block dot, int rows, int panels, const float * scales, const athena_panel * panel, size_t stride, float * sums, bool first) {
+    ATHENA_UNROLL(16)
+    for (int m = 0; m < rows; m++) {
+        const float scale = scales[m];
+        ATHENA_UNROLL(4)
+        for (int p = 0; p < panels; p++) {
+            add_to_sums(sums + (p*ATHENA_GEMM_ROWS + m)*ATHENA_PANEL, dot[m][p], scale, panel[p*stride].d, first);
+        }
+    }
+}
+
+// 64 columns of 16 rows times ATHENA_KERNEL_PANELS that lie `stride` panels apart, added to sums (or, if `first`, in their
+// place). A function of its own: GCC mixes what is inlined side by side, and registers run out.
+static ATHENA_NOINLINE void add_products(const uint8_t * levels, const float * scales, const athena_panel * panel, size_t stride, float * sums, bool first) {
+    for (int r = 0; r < ATHENA_TILE_ROWS; r += ATHENA_BLOCK_ROWS) {
+        athena_block dot;
+        multiply_block(dot, ATHENA_BLOCK_ROWS, ATHENA_KERNEL_PANELS, levels + r*ATHENA_GROUP, panel, stride);
+        add_block(dot, ATHENA_BLOCK_ROWS, ATHENA_KERNEL_PANELS, scales + r, panel, stride, sums + r*ATHENA_PANEL, first);
+    }
+}
+
+#if defined(ATHENA_SHORT_SUMS)
+#include "athena-gemm-short.h"
 #endif
+
+// 16 rows times one panel, `groups` times 64 columns, added to sums (or, if `first`, in their place).
+static void kernel(const uint8_t * levels, const float * scales, const athena_panel * panel, int groups, float * sums, bool first) {
+    for (int g = 0; g < groups; g++, levels += ATHENA_TILE_BYTES, scales += ATHENA_TILE_ROWS, panel++) {
+        for (int r = 0; r < ATHENA_TILE_ROWS; r += ATHENA_SINGLE_ROWS) {
+            athena_block dot;
+            multiply_block(dot, ATHENA_SINGLE_ROWS, 1, levels + r*ATHENA_GROUP, panel, 0);
+            add_block(dot, ATHENA_SINGLE_ROWS, 1, scales + r, panel, 0, sums + r*ATHENA_PANEL, first && g == 0);
+        }
+    }
+}
+
+// The same with ATHENA_KERNEL_PANELS, `stride` panels apart.
+static void kernel_of_several(const athena_gemm_scratch * scratch, int64_t tile, const athena_panel * panel, size_t stride, int groups, float * sums, bool first) {
+    for (int g = 0; g < groups; g++, panel++) {
+        const uint8_t * levels = scratch->levels[tile][g];
+        const float   * scales = scratch->scales[tile][g];
+#if defined(ATHENA_SHORT_SUMS)
+        if (short_sums_fit(scratch->squares[tile][g], panel, stride)) {
+            add_products_short(levels, scales, panel, stride, sums, first && g == 0);
+            continue;
+        }
+#endif
+        add_products(levels, scales, panel, stride, sums, first && g == 0);
+    }
+}
 
 #if defined(ATHENA_GEMM_AMX)
 

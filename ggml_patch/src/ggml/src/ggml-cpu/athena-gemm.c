@@ -18,11 +18,27 @@
 #define ATHENA_UNROLL(n)
 #endif
 
+// Makes GCC believe that a value changes here. Otherwise it adds up in another order or keeps what it could load again, which
+// takes more registers than there are.
+#if defined(__GNUC__)
+#define ATHENA_PIN_VECTOR(v)  __asm__("" : "+v"(v))
+#define ATHENA_PIN_POINTER(p) __asm__("" : "+r"(p))
+#define ATHENA_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
+#else
+#define ATHENA_PIN_VECTOR(v)
+#define ATHENA_PIN_POINTER(p)
+#define ATHENA_PREFETCH_WRITE(p)
+#endif
+
 #if defined(ATHENA_HAVE_NEON)
 #include "athena-gemm-neon.h"
 #else
 #include "athena-gemm-x86.h"
 #endif
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
 // Decoding
 
@@ -64,6 +80,9 @@ static void pack_panel(const block_q8_a64 * const * y, int64_t tokens, athena_pa
             }
         }
     }
+#if defined(ATHENA_SHORT_SUMS)
+    prepare_short_sums(panel);
+#endif
 #else
     for (int i = 0; i < ATHENA_PANEL; i++) {
         for (int u = 0; u < ATHENA_GROUP/ATHENA_UNIT; u++) {
@@ -71,6 +90,18 @@ static void pack_panel(const block_q8_a64 * const * y, int64_t tokens, athena_pa
         }
     }
 #endif
+}
+
+// Panels p of a task that has none, from column c on.
+static void gather_panels(const athena_gemm_task * task, int64_t p, int64_t c, int groups, athena_panel * panels) {
+    const int64_t n = least(task->tokens - p*ATHENA_PANEL, ATHENA_PANEL);
+    for (int g = 0; g < groups; g++) {
+        const block_q8_a64 * y[ATHENA_PANEL];
+        for (int64_t i = 0; i < n; i++) {
+            y[i] = task->y[p*ATHENA_PANEL + i] + c/ATHENA_GROUP + g;
+        }
+        pack_panel(y, n, &panels[g]);
+    }
 }
 
 void ggml_athena_quantize_panel(const float * x, size_t stride, int tokens, athena_panel * panel) {
@@ -81,10 +112,6 @@ void ggml_athena_quantize_panel(const float * x, size_t stride, int tokens, athe
         y[i] = &blocks[i];
     }
     pack_panel(y, tokens, panel);
-}
-
-static int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
 }
 
 // Sums of 16 rows and a panel to their places.
@@ -110,15 +137,26 @@ static void store_sums(float * sums, int64_t rows, int64_t tokens, float * const
     }
 }
 
+// Results lie in one line of the cache for every tile and token, and each of them would be waited for.
+static void fetch_results(const athena_gemm_task * task, int64_t first_token) {
+    for (int64_t i = first_token; i < least(first_token + ATHENA_PANEL, task->tokens); i++) {
+        for (int64_t r = 0; r < task->rows; r += ATHENA_TILE_ROWS) {
+            ATHENA_PREFETCH_WRITE(task->out[i] + r);
+        }
+    }
+}
+
 void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scratch) {
     const int64_t tiles  = (task->rows   + ATHENA_TILE_ROWS - 1)/ATHENA_TILE_ROWS;
     const int64_t panels = (task->tokens + ATHENA_PANEL - 1)/ATHENA_PANEL;
+    int64_t at_once = ATHENA_KERNEL_PANELS;
 #if defined(ATHENA_GEMM_AMX)
     const bool amx = amx_ready();
     const int zero = amx ? ATHENA_ZERO : 0;
     tile_config before;
     if (amx) {
         before = configure_tiles();
+        at_once = 1;
     }
 #elif defined(ATHENA_HAVE_NEON)
     const int zero = ATHENA_ZERO; // NEON multiplies signed bytes
@@ -126,7 +164,7 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
     const int zero = 0;
 #endif
     if (task->rows % ATHENA_TILE_ROWS != 0) { // rows that the last tile has not: nobody reads their results
-        memset(scratch->levels[tiles - 1], 0, sizeof(scratch->levels[0]));
+        memset(scratch->levels[tiles - 1], ATHENA_ZERO - zero, sizeof(scratch->levels[0]));
         memset(scratch->scales[tiles - 1], 0, sizeof(scratch->scales[0]));
     }
     int columns; // of this time
@@ -135,24 +173,32 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
         columns = left <= ATHENA_GEMM_COLUMNS + ATHENA_SUPER ? (int) left : ATHENA_GEMM_COLUMNS;
         const int groups = columns/ATHENA_GROUP;
         decode_tiles(task, scratch, c, columns, zero);
-        for (int64_t p = 0; p < panels; p++) {
-            const athena_panel * panel = scratch->panels;
+#if defined(ATHENA_SHORT_SUMS)
+        for (int64_t t = 0; t < tiles; t++) {
+            measure_tile(scratch, t, groups, panels);
+        }
+#endif
+        for (int64_t p = 0, n; p < panels; p += n) {
+            n = panels - p >= at_once ? at_once : 1;
+            const athena_panel * panel = scratch->panels[0];
             if (task->panels != NULL) {
                 panel = task->panels + (p*task->columns + c)/ATHENA_GROUP;
             } else {
-                for (int g = 0; g < groups; g++) {
-                    const block_q8_a64 * y[ATHENA_PANEL];
-                    const int64_t n = least(task->tokens - p*ATHENA_PANEL, ATHENA_PANEL);
-                    for (int64_t i = 0; i < n; i++) {
-                        y[i] = task->y[p*ATHENA_PANEL + i] + c/ATHENA_GROUP + g;
-                    }
-                    pack_panel(y, n, &scratch->panels[g]);
+                for (int64_t i = 0; i < n; i++) {
+                    gather_panels(task, p + i, c, groups, scratch->panels[i]);
                 }
             }
             for (int64_t t = 0; t < tiles; t++) {
+                float * sums = scratch->sums[p][t][0];
+#if ATHENA_KERNEL_PANELS > 1
+                if (n > 1) {
+                    const size_t stride = task->panels != NULL ? (size_t) task->columns/ATHENA_GROUP : ATHENA_GEMM_GROUPS;
+                    kernel_of_several(scratch, t, panel, stride, groups, sums, c == 0);
+                    continue;
+                }
+#endif
                 const uint8_t * levels = scratch->levels[t][0];
                 const float   * scales = scratch->scales[t][0];
-                float         * sums   = scratch->sums[p][t][0];
 #if defined(ATHENA_GEMM_AMX)
                 if (amx) {
                     kernel_amx(levels, scales, panel, groups, sums, c == 0, scratch->products);
@@ -169,6 +215,7 @@ void ggml_athena_gemm(const athena_gemm_task * task, athena_gemm_scratch * scrat
     }
 #endif
     for (int64_t p = 0; p < panels; p++) {
+        fetch_results(task, (p + 1)*ATHENA_PANEL);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t tokens = least(task->tokens - p*ATHENA_PANEL, ATHENA_PANEL);
             float * out[ATHENA_PANEL];

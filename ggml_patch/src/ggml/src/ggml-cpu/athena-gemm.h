@@ -34,6 +34,16 @@ extern "C" {
 #define ATHENA_UNIT 16
 #endif
 
+// Panels that a kernel multiplies with a tile at once: as many sums as registers hold, so that few loads serve many products.
+#if defined(ATHENA_HAVE_NEON)
+#define ATHENA_KERNEL_PANELS 1
+#elif defined(ATHENA_HAVE_VNNI)
+#define ATHENA_KERNEL_PANELS 3
+#else
+#define ATHENA_KERNEL_PANELS 2
+#define ATHENA_SHORT_SUMS // athena-gemm-short.h
+#endif
+
 #define ATHENA_GEMM_ROWS    64  // most rows of a task: four tiles
 #define ATHENA_GEMM_TOKENS  512 // most tokens of a task
 #define ATHENA_GEMM_COLUMNS 512 // columns that are decoded at a time (the last time up to a superblock more), so that tiles
@@ -45,9 +55,14 @@ typedef struct {
     int8_t  q[ATHENA_GROUP/ATHENA_UNIT][ATHENA_PANEL][ATHENA_UNIT];
     float   d[ATHENA_PANEL];
     int32_t offset[ATHENA_PANEL];
+#if defined(ATHENA_SHORT_SUMS)
+    int16_t  start[4][ATHENA_PANEL][2]; // the zero point's part of sums of 16 columns, modulo 2^16
+    uint32_t squares; // the largest sum of eight squares that are added up in 16 bits, or a little more
+    uint32_t unused[15];
+#endif
 } athena_panel;
 
-static_assert(sizeof(athena_panel) == ATHENA_PANEL*sizeof(block_q8_a64), "panels are as large as the blocks they are made of");
+static_assert(sizeof(athena_panel) >= ATHENA_PANEL*sizeof(block_q8_a64), "panels take the place of the blocks they are made of");
 static_assert(sizeof(athena_panel) % 64 == 0, "panels follow each other aligned");
 
 // What one thread needs to work on a task. Aligned to 64 bytes.
@@ -56,7 +71,10 @@ typedef struct {
     float        scales[ATHENA_GEMM_ROWS/ATHENA_TILE_ROWS][ATHENA_GEMM_GROUPS][ATHENA_TILE_ROWS];
     int32_t      products[2][ATHENA_TILE_ROWS][ATHENA_PANEL]; // AMX's way from tiles to vectors
     float        sums[ATHENA_GEMM_TOKENS/ATHENA_PANEL][ATHENA_GEMM_ROWS/ATHENA_TILE_ROWS][ATHENA_TILE_ROWS][ATHENA_PANEL];
-    athena_panel panels[ATHENA_GEMM_GROUPS]; // where a task has no panels of its own
+    athena_panel panels[ATHENA_KERNEL_PANELS][ATHENA_GEMM_GROUPS]; // where a task has no panels of its own
+#if defined(ATHENA_SHORT_SUMS)
+    uint32_t     squares[ATHENA_GEMM_ROWS/ATHENA_TILE_ROWS][ATHENA_GEMM_GROUPS]; // of levels, as those of panels
+#endif
     athena_carry carry[ATHENA_GEMM_ROWS];
 } athena_gemm_scratch;
 

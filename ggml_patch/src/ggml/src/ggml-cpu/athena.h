@@ -7,8 +7,10 @@
 // For code that is written once and specialized where it is used: for a type, or for dot products and tiles.
 #if defined(__GNUC__)
 #define ATHENA_INLINE inline __attribute__((always_inline))
+#define ATHENA_NOINLINE __attribute__((noinline))
 #else
 #define ATHENA_INLINE inline
+#define ATHENA_NOINLINE
 #endif
 
 // A tile of a matrix product: 64 columns of 16 rows.
