@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from athena_gguf.plan import Plan
 
 _MARGIN = 1 << 30  # bytes of either memory left to libraries and fragments
-_PIECES = 40 << 26  # bytes of rows that are being encoded
+_PIECES = (40 << 26) + (1 << 30)  # bytes of rows that are being encoded, and of the products that fit their scales
 _ACTIVATIONS = 40  # bytes a token and column of a block's widest input that its backward pass needs, about
 
 

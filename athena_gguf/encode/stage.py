@@ -86,10 +86,6 @@ def encode_tensors(
         known = found if calibration.keep else plan.curved - needed
         for curvature in calibration.stream(known, queue.pause):
             names = [name for name in curvature.about.tensor_names if name in needed]
-            if names and on_gpu:  # where small tensors are encoded together: the same ones, or last bits differ
-                again = [name for name in curvature.about.tensor_names if name in found & plan.encoded.keys()]
-                advance(-sum(map(plan.elements, again)))
-                names = [name for name in curvature.about.tensor_names if name in needed or name in again]
             if names:
                 with timed("encoding"):
                     advance(0)
