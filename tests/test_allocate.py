@@ -1,6 +1,7 @@
 """Conversion to a target: exact sizes, the limits, what the file says, and losses against whole encodings."""
 
 import json
+from types import SimpleNamespace
 
 import bench_quality
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 import tiny_model as tiny
 import torch
 
-from athena_gguf.allocate import PRESETS, parse_target
+from athena_gguf.allocate import PRESETS, losses, parse_target
 from athena_gguf.allocate.losses import candidates, measure_losses
 from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
 from athena_gguf.calibration import store
 from athena_gguf.conversion import ConvertOptions, convert
-from athena_gguf.encode import EncodeOptions, encode_matrix
+from athena_gguf.encode import EncodeOptions, EncodePool, Metric, encode_matrix
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
@@ -277,3 +278,21 @@ def test_unmeasured_tensors_count_as_the_average(tiny_base, tmp_path):
     step = np.abs(weight).reshape(-1, 32).max(1) / 127
     expected = np.square(step).mean() / 12 / np.square(weight).mean() * weight.size
     assert losses[name]["Q8_0"] == pytest.approx(expected, rel=0.1)
+
+
+def test_samples_encoded_together_as_on_a_gpu(tiny_base):
+    """Have the losses of each on its own: tensors of one input, of which one cannot become every type."""
+    metric = Metric(torch.diag(torch.linspace(0.5, 2, 128)), 0.01)
+    with GGUFFile(tiny_base) as base, EncodePool(EncodeOptions(sweeps=1), 2) as pool:
+        samples = []
+        for name, kinds in (("q", (*TYPES, "BF16")), ("k", ("A3", "Q8_0", "BF16")), ("v", (*TYPES, "BF16"))):
+            tensor = base.tensors[f"blk.0.attn_{name}.weight"]
+            sensitivity = losses._Sensitivity(0.5, 0.0, np.square(tensor.to_float32()).sum(1))
+            samples.append(losses._sample(tensor, kinds, sensitivity, np.random.default_rng(1), 1))
+        on_gpu = SimpleNamespace(gpu=True, submit_together=pool.submit_together, executor=pool.executor)
+        alone, together = (
+            [start() for start in losses._start(samples, metric.plain, metric, p)] for p in (pool, on_gpu)
+        )
+    assert [set(found) for found in together] == [set(TYPES), {"A3", "Q8_0"}, set(TYPES)]
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)

@@ -18,7 +18,7 @@ experts some are looked at, each with its own H, drawn by their share of mean_t 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from athena_gguf.calibration import Curvature, LayerInput, Lookup
     from athena_gguf.calibration.store import Calibration
-    from athena_gguf.encode import EncodePool, Metric
+    from athena_gguf.encode import Encoded, EncodePool, Metric
     from athena_gguf.plan import Plan
 
 METHOD = 6  # raised when the same inputs give other losses
@@ -98,6 +98,7 @@ def measure_losses(
                 metric, matrix = None, None if curvature is None else curvature.matrix[expert].to(device)
                 if any(name in plan.fitting for name in names):
                     metric = layer_metric(matrix, plan.shapes[names[0]][-1], settings.damping, names[0], device)
+                samples = []
                 for place, name in enumerate(names):
                     number = [len(losses) + len(waiting) + place]
                     tensor, sensitivity = base.tensors[name].flat, sensitivities[name]
@@ -105,8 +106,9 @@ def measure_losses(
                         tensor, sensitivity = _of_expert(base.tensors[name], sensitivity, expert)
                         number.append(expert)
                     rng = np.random.default_rng([seed, *number])
-                    kinds = candidates(plan, name)
-                    found[name].append((share, _start(tensor, kinds, sensitivity, matrix, metric, pool, rng, of)))
+                    samples.append(_sample(tensor, candidates(plan, name), sensitivity, rng, of))
+                for name, started in zip(names, _start(samples, matrix, metric, pool), strict=True):
+                    found[name].append((share, started))
             for name in names:
                 waiting.append((name, partial(_sum, found[name])))
                 # Three encodings a tensor: enough that no thread waits, and few curvatures are held in five forms.
@@ -205,43 +207,62 @@ def _powers(tensor: Tensor) -> npt.NDArray[np.float64]:
     return np.concatenate(parts)
 
 
-def _start(
-    tensor: Tensor,
-    kinds: tuple[str, ...],
-    sensitivity: _Sensitivity,
-    matrix: torch.Tensor | None,
-    metric: Metric | None,
-    pool: EncodePool,
-    rng: np.random.Generator,
-    of: int,
-) -> Callable[[], dict[str, float]]:
-    """Begin with a tensor, or with one of as many experts as `of` says; what this returns waits for the losses of its
-    types, without that of the stored one."""
-    import torch
+@dataclass(frozen=True)
+class _Sample:
+    """Of a tensor's rows, `few` that are encoded, and `some` that are made in the standard types of `kinds`."""
 
+    tensor: Tensor
+    kinds: tuple[str, ...]
+    sensitivity: _Sensitivity
+    few: npt.NDArray[np.intp]
+    some: npt.NDArray[np.intp]
+
+
+def _sample(
+    tensor: Tensor, kinds: tuple[str, ...], sensitivity: _Sensitivity, rng: np.random.Generator, of: int
+) -> _Sample:
+    """Of a tensor, or of one of as many experts as `of` says."""
     count = tensor.shape[0]
     few = _spread(count, -(-min(ROWS, max(FEWEST, of * count // SHARE)) // of), rng)
-    encodings = {}
+    return _Sample(tensor, kinds, sensitivity, few, _spread(count, -(-STANDARD_ROWS // of), rng))
+
+
+def _start(
+    samples: Sequence[_Sample], matrix: torch.Tensor | None, metric: Metric | None, pool: EncodePool
+) -> list[Callable[[], dict[str, float]]]:
+    """Begin with samples of tensors that read one input; what this returns waits for the losses of the types of each,
+    without that of the stored one."""
+    import torch
+
+    encodings: list[dict[str, Callable[[], Encoded]]] = [{} for _ in samples]
     if metric is not None:
-        weight = torch.from_numpy(tensor.to_float32(few))
-        encodings = {kind: pool.submit(weight, metric, TYPES[kind]) for kind in kinds if kind in TYPES}
+        weights = [torch.from_numpy(sample.tensor.to_float32(sample.few)) for sample in samples]
+        for kind in TYPES:
+            those = [n for n, sample in enumerate(samples) if kind in sample.kinds]
+            # One of them alone leaves most of a GPU idle; on the CPU threads take one each.
+            for batch in [those] if pool.gpu and those else [[n] for n in those]:
+                together = pool.submit_together([weights[n] for n in batch], metric, TYPES[kind])
+                for place, n in enumerate(batch):
+                    encodings[n][kind] = partial(_nth, together, place)
 
-    some = _spread(count, -(-STANDARD_ROWS // of), rng)
-
-    def finish() -> dict[str, float]:
-        found = {}
-        for kind, encoding in encodings.items():
-            decoded = decode_rows(TYPES[kind], encoding().data, tensor.columns)
-            found[kind] = _loss(decoded - weight.numpy(), few, sensitivity, matrix)
-        values = tensor.to_float32(some)
-        for kind in kinds[:-1]:
+    def finish(n: int) -> dict[str, float]:
+        sample, found = samples[n], {}
+        for kind, encoding in encodings[n].items():
+            decoded = decode_rows(TYPES[kind], encoding().data, sample.tensor.columns)
+            found[kind] = _loss(decoded - weights[n].numpy(), sample.few, sample.sensitivity, matrix)
+        values = sample.tensor.to_float32(sample.some)
+        for kind in sample.kinds[:-1]:
             if kind not in TYPES:
-                error = Tensor("", tensor.shape, kind, quantize(values, kind)).to_float32() - values
-                found[kind] = _loss(error, some, sensitivity, matrix)
+                error = Tensor("", sample.tensor.shape, kind, quantize(values, kind)).to_float32() - values
+                found[kind] = _loss(error, sample.some, sample.sensitivity, matrix)
         return found
 
     # A worker that waits here holds nobody up: the encodings were submitted before, so they are running or done.
-    return pool.executor.submit(finish).result
+    return [pool.executor.submit(finish, n).result for n in range(len(samples))]
+
+
+def _nth(together: Callable[[], list[Encoded]], place: int) -> Encoded:
+    return together()[place]
 
 
 def _spread(rows: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
