@@ -296,12 +296,11 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
     to the disk, after which further conversions believe it."""
     from athena_gguf.calibration import store
     from athena_gguf.gguf_file import GGUFFile, writing_base
-    from athena_gguf.gguf_file.atomic import require_space
     from athena_gguf.gguf_file.base import check_model
     from athena_gguf.model.lazy_tensors import most_bytes
-    from athena_gguf.plan import weight_count
+    from athena_gguf.model.load import check_model_dir
 
-    check_model(model_dir)
+    check_model_dir(model_dir)
     path, mark = options.base or work / "base.gguf", work / "base.model"
     key = store.model_fingerprint(model_dir)
     there = options.base is not None
@@ -309,12 +308,12 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
         progress.note("base file: taken from the work directory")
         there = True
     if there:
+        check_model(model_dir)
         with GGUFFile(path) as header:
             base = _Base(path, header)
             yield base
         base.kept.set_result(None)
         return
-    require_space(work, 2 * weight_count(model_dir), "the base file")
     mark.unlink(missing_ok=True)
     with (
         progress.stage("base file through llama.cpp's converter"),

@@ -115,3 +115,10 @@ def test_header_comes_first(tiny_model, tiny_base, tmp_path):
     with pytest.raises(ZeroDivisionError), writing_base(tiny_model, out):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_config_that_its_files_cannot_fill(model, tmp_path, runtime):
+    """The converter's process, which was started before that is known, does not look at it."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 200}))
+    refused(model, tmp_path, "more than its files can hold")

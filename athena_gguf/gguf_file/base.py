@@ -6,11 +6,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from athena_gguf.errors import AthenaError
-from athena_gguf.gguf_file.atomic import temporary_beside
+from athena_gguf.gguf_file.atomic import require_space, temporary_beside
 from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.model import converter
 from athena_gguf.model.load import check_model_dir
@@ -27,8 +27,8 @@ def write_base(
     """Convert a Hugging Face model directory to a BF16 GGUF with `convert_hf_to_gguf.py` of the runtime's source tree.
 
     The tree is fetched if it is not there. `out_path` appears only when it is complete and, with `sync`, on the disk.
-    Raises AthenaError if the directory is no model, its weights are truncated or corrupt, or the converter does not
-    know the architecture.
+    Raises AthenaError if the directory is no model, its weights are truncated or corrupt, the disk has no room, or the
+    converter does not know the architecture.
     """
     with writing_base(model_dir, out_path, runtime_dir, sync=sync):
         pass
@@ -41,16 +41,25 @@ def writing_base(
     """As `write_base`; what is done inside goes on while the converter's process writes the tensors. Gives the file's
     header, which is there once the converter has accepted the model. An exception inside ends the converter."""
     model_dir, out_path = Path(model_dir), Path(out_path).absolute()
-    check_model(model_dir)
+    _check_files(model_dir)
+    from athena_gguf.plan import weight_count
     from athena_gguf.runtime import source_tree
 
+    require_space(out_path.parent, 2 * weight_count(model_dir), "the base file")
     tree = source_tree(runtime_dir)
     with temporary_beside(out_path, sync) as temporary, tempfile.TemporaryFile() as said:
         arguments = [str(model_dir.absolute()), "--outtype", "bf16", "--outfile", str(temporary)]
         process = converter.command(tree / "convert_hf_to_gguf.py", runs_code())
         environment = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
-        with subprocess.Popen(process + arguments, stdout=said, stderr=said, env=environment) as running:
+        with subprocess.Popen(
+            process + arguments, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment
+        ) as running:
             try:
+                check_model_size(model_dir)  # while that process imports its libraries, and waits
+                assert running.stdin is not None
+                with suppress(BrokenPipeError):  # it ended, and has said why
+                    running.stdin.write(converter.BEGIN)
+                    running.stdin.close()
                 header = _header(running, temporary)
                 if header is not None:
                     header.path = out_path
@@ -81,6 +90,12 @@ def _header(running: subprocess.Popen[bytes], path: Path) -> GGUFFile | None:
 
 def check_model(model_dir: Path) -> None:
     """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files, all harmless."""
+    _check_files(model_dir)
+    check_model_size(model_dir)
+
+
+def _check_files(model_dir: Path) -> None:
+    """The part of it that takes no time."""
     check_model_dir(model_dir)
     check_model_files(model_dir)
     if not any(path for pattern in _TOKENIZERS for path in model_dir.glob(pattern)):
@@ -96,7 +111,6 @@ def check_model(model_dir: Path) -> None:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise AthenaError(f"{path} is truncated or corrupt ({error}); download it again") from error
-    check_model_size(model_dir)
 
 
 def _reason(text: str) -> str:

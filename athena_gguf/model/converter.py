@@ -2,6 +2,8 @@
 
     python -c "...; main()" [--trust-remote-code] SCRIPT ARGUMENT ...
 
+It imports its libraries, which takes seconds, and begins when it reads a line: the model is checked meanwhile.
+
 The converter loads some tokenizers with `trust_remote_code=True`, which is refused here unless the option is given. It
 rounds to BF16 by a dozen NumPy operations on 64-bit integers, and makes a tensor only when the one before is in the
 file. Here torch rounds, to the same bytes, and tensors are made in threads while others are written, those that are
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import athena_gguf
 from athena_gguf.bfloat16 import to_bfloat16
 from athena_gguf.model.lazy_tensors import make_ahead
 
+BEGIN = b"begin\n"  # the line that it waits for
 _TRUST = "--trust-remote-code"
 
 
@@ -46,6 +50,10 @@ def main() -> None:
     sys.argv = arguments
     sys.path.insert(0, str(script.parent))
     hasten(script.parent / "gguf-py")
+    with suppress(ImportError):  # the converter will say so
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+    if not sys.stdin.readline():  # the model is not to be converted
+        return
     runpy.run_path(str(script), run_name="__main__")
 
 
