@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -34,11 +33,12 @@ def require_cuda() -> None:
     try:
         import numba_cuda  # noqa: F401
         from numba import cuda
+        from numba.cuda import dispatcher
     except ImportError as error:
         raise AthenaError(
             "--device cuda: encoding needs the package numba-cuda; pip install 'athena-gguf[cuda]', or use --device cpu"
         ) from error
-    warnings.filterwarnings("ignore", ".*Grid size")  # small tensors cannot fill the device
+    vars(dispatcher.config)["CUDA_LOW_OCCUPANCY_WARNINGS"] = 0  # small tensors cannot fill the device
     if not cuda.is_available():
         raise AthenaError("--device cuda: Numba finds no CUDA driver or compiler; use --device cpu")
 
