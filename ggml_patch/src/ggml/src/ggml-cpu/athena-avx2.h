@@ -131,18 +131,17 @@ static inline float athena_total(const athena_sink * sink) {
     return _mm_cvtss_f32(s);
 }
 
-// The 16 bytes of a tail plane of bit pairs to 32 lanes of two pairs each, in the low nibble.
+// The 16 bytes of a tail plane of bit pairs to 32 lanes of two pairs each, in the low nibble. What is above is of no meaning.
 static inline __m256i athena_tail_pairs(const uint8_t pairs[16]) {
-    const __m128i p = _mm_loadu_si128((const __m128i *) pairs);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(p, 4), p), _mm256_set1_epi8(15));
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) pairs));
+    return _mm256_srlv_epi64(bytes, _mm256_set_epi64x(4, 4, 0, 0));
 }
 
-// The 8 bytes of a tail plane of bits to 32 lanes of two bits each.
+// The 8 bytes of a tail plane of bits to 32 lanes of two bits each. What is above is of no meaning.
 static inline __m256i athena_tail_bits(const uint8_t low[8]) {
     int64_t bytes;
     memcpy(&bytes, low, sizeof(bytes));
-    const __m256i shifted = _mm256_srlv_epi64(_mm256_set1_epi64x(bytes), _mm256_set_epi64x(6, 4, 2, 0));
-    return _mm256_and_si256(shifted, _mm256_set1_epi8(3));
+    return _mm256_srlv_epi64(_mm256_set1_epi64x(bytes), _mm256_set_epi64x(6, 4, 2, 0));
 }
 
 static inline __m256i athena_sums(__m256i t1, __m256i t2, __m256i window, __m256i delayed) {
@@ -169,8 +168,7 @@ static ATHENA_INLINE void athena_row_a2_avx2(int columns, const uint8_t * x, ath
     const __m256i x2 = athena_exchange_halves(t2);
     __m256i w0 = carry->v[0]; // the last window and the one before it
     __m256i w1 = carry->v[1];
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a2)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a2)) {
         const block_a2 * b = (const block_a2 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int v = 0; v < 2; v++) {
@@ -190,9 +188,9 @@ static ATHENA_INLINE void athena_row_a2_avx2(int columns, const uint8_t * x, ath
     carry->v[1] = w1;
     // a tail block ends with a window whose predecessor has its halves exchanged: its entries are kept instead
     __m256i e1 = _mm256_shuffle_epi8(t2, w1);
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a2_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a2_tail)) {
         const block_a2_tail * b = (const block_a2_tail *) x;
-        const __m256i a  = athena_tail_pairs(b->pairs);
+        const __m256i a  = _mm256_and_si256(athena_tail_pairs(b->pairs), _mm256_set1_epi8(15));
         const __m256i s0 = athena_first_window_a2(a, w0);
         const __m256i u0 = _mm256_add_epi8(_mm256_shuffle_epi8(x1, s0), e1);
         athena_group(sink, 0, u0, athena_sums(t1, t2, a, w0), b->scale);
@@ -225,8 +223,7 @@ static ATHENA_INLINE void athena_row_a3_avx2(int columns, const uint8_t * x, ath
     const __m256i x2 = athena_exchange_halves(t2);
     __m256i last = carry->v[0]; // the lowest bit of the last symbol in bit 2, and the last window
     __m256i w    = carry->v[1];
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a3)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a3)) {
         const block_a3 * b = (const block_a3 *) x;
         athena_prefetch(x, sizeof(*b));
         const __m256i a   = athena_load(b->high[0]);
@@ -256,10 +253,10 @@ static ATHENA_INLINE void athena_row_a3_avx2(int columns, const uint8_t * x, ath
     }
     carry->v[0] = last;
     carry->v[1] = w;
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a3_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a3_tail)) {
         const block_a3_tail * b = (const block_a3_tail *) x;
-        const __m256i a   = athena_tail_pairs(b->high);
-        const __m256i low = athena_tail_bits(b->low);
+        const __m256i a   = _mm256_and_si256(athena_tail_pairs(b->high), _mm256_set1_epi8(15));
+        const __m256i low = _mm256_and_si256(athena_tail_bits(b->low), _mm256_set1_epi8(3));
         const __m256i s0  = athena_even_window_a3(a, athena_first_bits_a3(low, last));
         const __m256i s1  = athena_odd_window_a3(a, low);
         athena_group(sink, 0, athena_sums(x1, t2, s0, w), athena_sums(t1, x2, s1, s0), b->scale);
@@ -282,8 +279,7 @@ static ATHENA_INLINE void athena_row_a4_avx2(int columns, const uint8_t * x, ath
     const __m256i t1 = athena_load_table(athena_tables_a4.t1);
     const __m256i t2 = athena_load_table(athena_tables_a4.t2);
     __m256i w = carry->v[0];
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a4)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a4)) {
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
         athena_nibbles_a4(sink, 0, b->nibbles[0], b->scales[0], t1, t2, &w);
@@ -293,7 +289,7 @@ static ATHENA_INLINE void athena_row_a4_avx2(int columns, const uint8_t * x, ath
         athena_advance(sink, 4);
     }
     carry->v[0] = w;
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a4_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a4_tail)) {
         const block_a4_tail * b = (const block_a4_tail *) x;
         athena_nibbles_a4(sink, 0, b->nibbles, b->scale, t1, t2, &w);
         athena_advance(sink, 1);

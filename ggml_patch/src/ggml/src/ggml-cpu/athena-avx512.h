@@ -34,6 +34,13 @@ static inline athena_pair athena_rearrange(const athena_tables * tables, __m256i
     return p;
 }
 
+// A mask that GCC keeps in a register: as a constant it would be made anew for every row.
+static inline __m256i athena_mask(int byte) {
+    __m256i mask = _mm256_set1_epi8((char) byte);
+    ATHENA_PIN_VECTOR(mask);
+    return mask;
+}
+
 // Bits of a where the mask is set, bits of b elsewhere.
 static inline __m256i athena_select(__m256i mask, __m256i a, __m256i b) {
     return _mm256_ternarylogic_epi32(mask, a, b, 0xca);
@@ -49,12 +56,11 @@ static inline __m256i athena_step(const athena_pair * p, __m256i window, __m256i
 static ATHENA_INLINE void athena_row_a2_avx512(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const athena_pair plain     = athena_rearrange(&athena_tables_a2, ATHENA_BYTES32(ATHENA_LAYOUT_A));
     const athena_pair exchanged = athena_rearrange(&athena_tables_a2, ATHENA_BYTES32(ATHENA_LAYOUT_C));
-    const __m256i before = _mm256_set1_epi8(12);
+    const __m256i before = athena_mask(12);
     __m256i last = carry->v[0]; // the last symbol in bits 2 and 3
     __m256i e0   = carry->v[1]; // for the next step and the one after it
     __m256i e1   = carry->v[2];
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a2)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a2)) {
         const block_a2 * b = (const block_a2 *) x;
         athena_prefetch(x, sizeof(*b));
         for (int v = 0; v < 2; v++) {
@@ -73,7 +79,7 @@ static ATHENA_INLINE void athena_row_a2_avx512(int columns, const uint8_t * x, a
     carry->v[0] = last; // a tail ends its row: nothing is carried from there
     carry->v[1] = e0;
     carry->v[2] = e1;
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a2_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a2_tail)) {
         const block_a2_tail * b = (const block_a2_tail *) x;
         const __m256i a  = athena_tail_pairs(b->pairs);
         const __m256i u0 = athena_step(&exchanged, athena_select(before, last, a), e0, &e0);
@@ -90,14 +96,13 @@ static ATHENA_INLINE void athena_row_a3_avx512(int columns, const uint8_t * x, a
     const athena_pair pb = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_B));
     const athena_pair pc = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_C));
     const athena_pair pd = athena_rearrange(&athena_tables_a3, ATHENA_BYTES32(ATHENA_LAYOUT_D));
-    const __m256i upper_a  = _mm256_set1_epi8(0x0c); // where the upper half of a window lies, by layout
-    const __m256i upper_b  = _mm256_set1_epi8(0x18);
-    const __m256i upper_cd = _mm256_set1_epi8(0x03);
-    const __m256i before   = _mm256_set1_epi8(0x08); // where layout D has the bit of the symbol before
+    const __m256i upper_a  = athena_mask(0x0c); // where the upper half of a window lies, by layout
+    const __m256i upper_b  = athena_mask(0x18);
+    const __m256i upper_cd = athena_mask(0x03);
+    const __m256i before   = athena_mask(0x08); // where layout D has the bit of the symbol before
     __m256i last = carry->v[0]; // the lowest bit of the last symbol in bit 3
     __m256i e    = carry->v[1]; // for the next step
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a3)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a3)) {
         const block_a3 * b = (const block_a3 *) x;
         athena_prefetch(x, sizeof(*b));
         const __m256i a    = athena_load(b->high[0]);
@@ -122,7 +127,7 @@ static ATHENA_INLINE void athena_row_a3_avx512(int columns, const uint8_t * x, a
     }
     carry->v[0] = last;
     carry->v[1] = e;
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a3_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a3_tail)) {
         const block_a3_tail * b = (const block_a3_tail *) x;
         const __m256i a    = athena_tail_pairs(b->high);
         const __m256i low  = athena_tail_bits(b->low);
@@ -146,8 +151,7 @@ static ATHENA_INLINE void athena_nibbles_avx512(athena_sink * sink, int g, const
 static ATHENA_INLINE void athena_row_a4_avx512(int columns, const uint8_t * x, athena_carry * carry, athena_sink * sink) {
     const athena_pair p = athena_rearrange(&athena_tables_a4, ATHENA_BYTES32(ATHENA_LAYOUT_A));
     __m256i e = carry->v[1];
-    int i = 0;
-    for (; i + ATHENA_SUPER <= columns; i += ATHENA_SUPER, x += sizeof(block_a4)) {
+    for (int i = 0; i < columns/ATHENA_SUPER; i++, x += sizeof(block_a4)) {
         const block_a4 * b = (const block_a4 *) x;
         athena_prefetch(x, sizeof(*b));
         athena_nibbles_avx512(sink, 0, b->nibbles[0], b->scales[0], &p, &e);
@@ -157,7 +161,7 @@ static ATHENA_INLINE void athena_row_a4_avx512(int columns, const uint8_t * x, a
         athena_advance(sink, 4);
     }
     carry->v[1] = e;
-    for (; i < columns; i += ATHENA_GROUP, x += sizeof(block_a4_tail)) {
+    for (int i = 0; i < columns % ATHENA_SUPER/ATHENA_GROUP; i++, x += sizeof(block_a4_tail)) {
         const block_a4_tail * b = (const block_a4_tail *) x;
         athena_nibbles_avx512(sink, 0, b->nibbles, b->scale, &p, &e);
         athena_advance(sink, 1);

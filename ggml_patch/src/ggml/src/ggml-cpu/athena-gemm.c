@@ -18,15 +18,9 @@
 #define ATHENA_UNROLL(n)
 #endif
 
-// Makes GCC believe that a value changes here. Otherwise it adds up in another order or keeps what it could load again, which
-// takes more registers than there are.
 #if defined(__GNUC__)
-#define ATHENA_PIN_VECTOR(v)  __asm__("" : "+v"(v))
-#define ATHENA_PIN_POINTER(p) __asm__("" : "+r"(p))
 #define ATHENA_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
 #else
-#define ATHENA_PIN_VECTOR(v)
-#define ATHENA_PIN_POINTER(p)
 #define ATHENA_PREFETCH_WRITE(p)
 #endif
 

@@ -13,6 +13,16 @@
 #define ATHENA_NOINLINE
 #endif
 
+// Makes GCC believe that a value changes here. Otherwise it adds up in another order, computes constants anew for every row, or
+// keeps what it could load again.
+#if defined(__GNUC__)
+#define ATHENA_PIN_VECTOR(v)  __asm__("" : "+v"(v))
+#define ATHENA_PIN_POINTER(p) __asm__("" : "+r"(p))
+#else
+#define ATHENA_PIN_VECTOR(v)
+#define ATHENA_PIN_POINTER(p)
+#endif
+
 // A tile of a matrix product: 64 columns of 16 rows.
 #define ATHENA_TILE_ROWS  16
 #define ATHENA_TILE_BYTES (ATHENA_TILE_ROWS*ATHENA_GROUP)
