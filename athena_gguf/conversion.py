@@ -151,7 +151,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         ExitStack() as exits,
     ):
         devices = all_of(device)
-        awake = threads.submit(wake, devices)
+        awake = threads.submit(wake, devices, options.memory[0])
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
             with _base_file(model_dir, work, options, threads) as base:

@@ -1,6 +1,8 @@
 """Models that are run block by block: the same curvature and the same files as from the whole model."""
 
+import time
 from contextlib import nullcontext
+from threading import Event
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import tiny_model as tiny
 import torch
 
 import athena_gguf.calibration.blockwise as blockwise
+import athena_gguf.calibration.stage
 import athena_gguf.encode.finished as finished
 from athena_gguf.calibration import Lookup, measure_curvature
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.conversion import ConvertOptions, convert
+from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
@@ -150,3 +154,26 @@ def test_experts_in_little_memory(runtime, text, tmp_path, short_windows, monkey
             weights = base.tensors[tensor.name].to_float32()
             one, other = (np.square(t.to_float32() - weights).sum() for t in (tensor, blocks.tensors[tensor.name]))
             assert other == pytest.approx(one, rel=0.1)
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_an_error_on_one_device_waits_for_the_others(step, tiny_model, options, tmp_path, monkeypatch, short_windows):
+    """What they would still write to the work directory does not stay there."""
+    work, first, begun = tmp_path / "work", [], Event()
+
+    def fail_on_first(part, *more):
+        if not first:
+            first.append(part)
+        if part is first[0]:
+            begun.wait(60)
+            raise AthenaError("the first device is gone")
+        begun.set()
+        time.sleep(0.3)
+        part.shelf.put("late", torch.zeros(1000))
+
+    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device, device])
+    monkeypatch.setattr(blockwise._Part, step, fail_on_first)
+    with pytest.raises(AthenaError, match="the first device is gone"):
+        convert(tiny_model, tmp_path / "out.gguf", options(work_dir=work, host_memory="1KiB"))
+    time.sleep(0.6)
+    assert begun.is_set() and not list(work.glob("shelf*"))

@@ -63,6 +63,10 @@ class Passes:
             return [work(self.parts[0])]
         return list(self.threads.map(work, self.parts))
 
+    def close(self) -> None:
+        """Wait until no device is at work, as after an error on one of them others may be."""
+        self.threads.shutdown()
+
     def forward(self) -> None:
         """Every block's input, put away."""
         with measuring():

@@ -52,8 +52,6 @@ class Memory:
             if device.type == "cuda":
                 free, whole = torch.cuda.mem_get_info(device)
                 on_card.append(min(gpu_memory or whole, int(0.95 * free)))
-                if gpu_memory:
-                    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
         return cls(min(on_card, default=0), host_memory or int(0.8 * host_bytes()))
 
 
@@ -66,12 +64,15 @@ def all_of(device: torch.device) -> list[torch.device]:
     return [device]
 
 
-def wake(devices: Sequence[torch.device]) -> None:
-    """Have GPUs ready for work, which takes some tenths of a second each."""
+def wake(devices: Sequence[torch.device], gpu_memory: int | None) -> None:
+    """Have GPUs ready for work, which takes some tenths of a second each. torch takes `gpu_memory` there at most."""
     import torch
 
     for device in devices:
         if device.type == "cuda":
+            if gpu_memory:
+                _, whole = torch.cuda.mem_get_info(device)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
             torch.linalg.cholesky(torch.eye(2, device=device))  # threads that use it first at the same time fail
 
 
@@ -320,7 +321,9 @@ class Stage:
         for n, model in enumerate(models):
             shelves.append(Shelf(model.device, room, host, self.work / f"shelf{n}", before_files))
             exits.callback(shelves[-1].close)
-        return Passes(models, shelves, windows, batch, advance=advance)
+        passes = Passes(models, shelves, windows, batch, advance=advance)
+        exits.callback(passes.close)
+        return passes
 
     @cached_property
     def _widest(self) -> int:
