@@ -14,12 +14,14 @@ import athena_gguf.calibration.stage
 import athena_gguf.encode.finished as finished
 from athena_gguf.calibration import Lookup, measure_curvature
 from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.errors import AthenaError
-from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.gguf_file import GGUFFile, write_base
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
 from athena_gguf.model.experts import ExpertLayers
+from athena_gguf.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -90,6 +92,24 @@ def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     passes.forward()
     found = list(passes.backward(layers, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
+
+
+def test_what_stays_on_a_gpu_leaves_room_for_the_rest(tiny_model, tmp_path, monkeypatch):
+    """Embeddings and output stay there too; a block at work and its encoding come on top."""
+    base = tmp_path / "base.gguf"
+    write_base(tiny_model, base)
+    with GGUFFile(base) as header:
+        plan = make_plan(header, "A3", "Q8_0")
+    stage = Stage(tiny_model, base, plan, tmp_path, [torch.device("cuda")], ConvertOptions(), 64, 32, lambda *_: None)
+    monkeypatch.setattr("athena_gguf.model.blocks.open_blocks", lambda folder, devices, dtype, resident: resident)
+    model = load_model(tiny_model, CPU, torch.bfloat16)
+    outer = sum(p.nbytes for name, p in model.named_parameters() if p.ndim > 1 and ".layers." not in name)
+    stage.__dict__["memory"] = Memory(0, 0)  # too small for two things at once
+    working = stage._working_bytes(1)
+    for left, stays in ((10_000_000, 10_000_000 - outer), (outer // 2, 0)):
+        stage.__dict__["memory"] = Memory(working + left, 0)
+        found = stage._blocks()
+        assert found == stays
 
 
 def test_weights_under_other_names_are_not_run_by_blocks(tmp_path):

@@ -298,7 +298,8 @@ class Stage:
             return None
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
-        room = self.memory.host // 2 if on_cpu else self.memory.device - self._working_bytes(1)
+        outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
+        room = self.memory.host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1)
         return open_blocks(self.model_dir, self.devices, dtype, max(0, room))
 
     def _passes(
