@@ -16,7 +16,7 @@ static inline uint32_t largest_of_16(__m256i v) {
     return 0xffff - (uint32_t) _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(m, _mm_set1_epi8(-1))), 0);
 }
 
-// Squares of signed bytes, two to a lane of 16 bits.
+// Squares of signed bytes, two to a lane of 16 bits. None is -128: activations are rounded to 127 steps of their scale.
 static inline __m256i add_squares(__m256i v) {
     const __m256i magnitude = _mm256_abs_epi8(v);
     return _mm256_maddubs_epi16(magnitude, magnitude);
