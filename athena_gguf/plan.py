@@ -34,8 +34,8 @@ class Plan:
     """`encoded`: tensors that become A types, name to type; `standard`: those that become a standard type; all others
     stay as they are. `shapes`, `stored`: shape and type of every matrix in the base file. `fitting`: those that can be
     A types, `curved`: those of them whose curvature is measured. `free`: tensors whose type is still to be chosen for
-    a target; the one that they have until then means nothing. `experts_used`: by a token, of
-    those of a block; None if the file does not say."""
+    a target; the one that they have until then means nothing. `experts_used`: by a token, of those of a
+    block; None if the file does not say."""
 
     architecture: str
     shapes: dict[str, tuple[int, ...]]

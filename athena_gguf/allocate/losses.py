@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +241,8 @@ def _start(
             those = [n for n, sample in enumerate(samples) if kind in sample.kinds]
             # One of them alone leaves most of a GPU idle; on the CPU threads take one each.
             for batch in [those] if pool.gpu and those else [[n] for n in those]:
-                together = pool.submit_together([weights[n] for n in batch], metric, TYPES[kind])
+                # The first to ask puts the batch's results together.
+                together = cache(pool.submit_together([weights[n] for n in batch], metric, TYPES[kind]))
                 for place, n in enumerate(batch):
                     encodings[n][kind] = partial(_nth, together, place)
 

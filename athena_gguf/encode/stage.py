@@ -222,7 +222,8 @@ class _GpuQueue:
     """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do.
 
     With `overlap` that goes on beside the measurement, in a stream of its own, and the next input is made ready
-    meanwhile, in another one. What one stream makes for another is kept until that has done its work.
+    meanwhile, in another one. What one stream makes for another is kept until that has done its work. The devices are
+    awake (`calibration.stage.wake`).
     """
 
     def __init__(
@@ -240,9 +241,6 @@ class _GpuQueue:
 
         self.plan, self.base, self.writer = plan, base, writer
         self.devices, self.overlap = devices, overlap
-        # Threads that use it first at the same time fail.
-        for device in devices:
-            torch.linalg.cholesky(torch.eye(2, device=device))
         self.pools = [EncodePool(settings, 1, device, own_stream=overlap) for device in devices]
         self.ready = [torch.cuda.Stream(device) if overlap else None for device in devices]
         # Of the first device, where curvatures are measured: each copies them to one of the others.
