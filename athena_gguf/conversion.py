@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,6 @@ from athena_gguf.lock import locked
 from athena_gguf.memory import short_turns, shortage_explained
 
 if TYPE_CHECKING:
-    import torch
-
     from athena_gguf.allocate import Target
     from athena_gguf.calibration.stage import Memory, Stage
     from athena_gguf.calibration.store import Calibration
@@ -125,6 +123,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
     from athena_gguf.calibration.stage import Stage, all_of, wake
+    from athena_gguf.cards import Cards
     from athena_gguf.cluster import connected
     from athena_gguf.encode.stage import NOT_FED, encode_tensors
     from athena_gguf.gguf_file.atomic import require_space
@@ -151,13 +150,14 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         ExitStack() as exits,
     ):
         devices = all_of(device)
-        awake = threads.submit(wake, devices, options.memory[0])
+        cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
+        awake = threads.submit(wake, devices[:1], options.memory[0])
         with stages.timed("base file"):
             model_dir, options = _model(model, work, options)
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
                 tokens = options.calibration_tokens or CALIBRATION_TOKENS
-                stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed)
+                stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed, cards)
                 calibration = stage.calibration()
                 awake.result()
                 if device.type in BESIDE and not calibration.complete:
@@ -165,7 +165,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
                     exits.callback(stage.close)
                     stage.begin(threads, base.takes)
                     if device.type == "cuda" and cluster is None:
-                        threads.submit(_kernels, stage, devices, target)
+                        threads.submit(_kernels, stage, target)
         base_path = base.path
         with stages.timed("check"):
             if not options.dry_run:
@@ -183,7 +183,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         if options.dry_run:
             return print_plan(base_path, plan, metadata, predicted)
         encoded = encode_tensors(
-            base_path, plan, calibration, work / "encoded", devices, stages.timed, stage.overlap, cluster
+            base_path, plan, calibration, work / "encoded", devices[0], stages.timed, stage.overlap, cluster, cards
         )
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
@@ -327,8 +327,9 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
         base.kept = aside.submit(_keep, path, mark, key)
 
 
-def _kernels(stage: Stage, devices: Sequence[torch.device], target: Target | None) -> None:
-    """Make or load what encodes on GPUs while there is time. Errors are left to the encoding, which does the same."""
+def _kernels(stage: Stage, target: Target | None) -> None:
+    """Make what encodes on GPUs while there is time; other cards load it. Errors are left to the encoding, which does
+    the same."""
     import torch
 
     from athena_gguf.encode.stage import make_kernels
@@ -337,7 +338,7 @@ def _kernels(stage: Stage, devices: Sequence[torch.device], target: Target | Non
     if not stage.has_model():  # while it is opened, torch's default type of numbers is another one
         return
     kinds = set(TYPES) if target else set(stage.plan.encoded.values())
-    make_kernels(devices, map(torch.cuda.Stream, devices), kinds)
+    make_kernels(stage.device, torch.cuda.Stream(stage.device), kinds)
 
 
 def _keep(path: Path, mark: Path, key: str) -> None:

@@ -1,8 +1,6 @@
 """Models that are run block by block: the same curvature and the same files as from the whole model."""
 
-import time
 from contextlib import nullcontext
-from threading import Event
 
 import numpy as np
 import pytest
@@ -10,13 +8,11 @@ import tiny_model as tiny
 import torch
 
 import athena_gguf.calibration.blockwise as blockwise
-import athena_gguf.calibration.stage
 import athena_gguf.encode.finished as finished
 from athena_gguf.calibration import Lookup, measure_curvature
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
-from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile, write_base
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
@@ -55,11 +51,14 @@ def test_curvature_is_that_of_the_whole_model(devices, family, config, tmp_path,
     folder = tiny.make(tmp_path / "model", family, **config)
     windows = torch.randint(0, 300, (5, 32), generator=torch.Generator().manual_seed(0))
     model = load_model(folder, CPU, torch.float32)
-    models = open_blocks(folder, [CPU] * devices, torch.float32)
+    models = [open_blocks(folder, CPU, torch.float32) for _ in range(devices)]
     lookup, by_blocks = Lookup(), Lookup()
     whole = {c.about.tensor_names: c for c in measure_curvature(model, linear(model), windows, 2, lookup=lookup)}
     shelves = [Shelf(CPU, 20_000, 40_000, tmp_path / f"{n}") for n in range(devices)]
-    passes = blockwise.Passes(models, shelves, windows, 2)
+    first, *others = (
+        blockwise.LocalPart(*of, 2) for of in zip(models, shelves, windows.tensor_split(devices), strict=True)
+    )
+    passes = blockwise.Passes(first, windows.numel(), others=others)
     passes.forward()
     measured = passes.backward(linear(models[0].model), by_blocks)
     seen = []
@@ -83,12 +82,12 @@ def _backwards(name):
 
 
 def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
-    (blocks,) = open_blocks(tiny_model, [CPU], torch.float32)
+    blocks = open_blocks(tiny_model, CPU, torch.float32)
     windows = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     layers = linear(blocks.model)
     done = {layer.tensor_name for layer in layers if "layers.1" in layer.tensor_name or "head" in layer.tensor_name}
     shelf = Shelf(CPU, 1 << 20, 0, tmp_path)
-    passes = blockwise.Passes([blocks], [shelf], windows, 2)
+    passes = blockwise.Passes(blockwise.LocalPart(blocks, shelf, windows, 2), windows.numel())
     passes.forward()
     found = list(passes.backward(layers, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
@@ -101,7 +100,7 @@ def test_what_stays_on_a_gpu_leaves_room_for_the_rest(tiny_model, tmp_path, monk
     with GGUFFile(base) as header:
         plan = make_plan(header, "A3", "Q8_0")
     stage = Stage(tiny_model, base, plan, tmp_path, [torch.device("cuda")], ConvertOptions(), 64, 32, lambda *_: None)
-    monkeypatch.setattr("athena_gguf.model.blocks.open_blocks", lambda folder, devices, dtype, resident: resident)
+    monkeypatch.setattr("athena_gguf.model.blocks.open_blocks", lambda folder, device, dtype, resident: resident)
     model = load_model(tiny_model, CPU, torch.bfloat16)
     outer = sum(p.nbytes for name, p in model.named_parameters() if p.ndim > 1 and ".layers." not in name)
     stage.__dict__["memory"] = Memory(0, 0)  # too small for two things at once
@@ -118,7 +117,7 @@ def test_weights_under_other_names_are_not_run_by_blocks(tmp_path):
     folder = tiny.make(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     save_file({name.replace("mlp", "ffn"): w for name, w in weights.items()}, folder / "model.safetensors")
-    assert open_blocks(folder, [CPU], torch.float32) is None
+    assert open_blocks(folder, CPU, torch.float32) is None
 
 
 def test_conversion_in_little_memory_gives_the_same_file(tiny_model, options, tmp_path, short_windows):
@@ -174,26 +173,3 @@ def test_experts_in_little_memory(runtime, text, tmp_path, short_windows, monkey
             weights = base.tensors[tensor.name].to_float32()
             one, other = (np.square(t.to_float32() - weights).sum() for t in (tensor, blocks.tensors[tensor.name]))
             assert other == pytest.approx(one, rel=0.1)
-
-
-@pytest.mark.parametrize("step", ["forward", "backward"])
-def test_an_error_on_one_device_waits_for_the_others(step, tiny_model, options, tmp_path, monkeypatch, short_windows):
-    """What they would still write to the work directory does not stay there."""
-    work, first, begun = tmp_path / "work", [], Event()
-
-    def fail_on_first(part, *more):
-        if not first:
-            first.append(part)
-        if part is first[0]:
-            begun.wait(60)
-            raise AthenaError("the first device is gone")
-        begun.set()
-        time.sleep(0.3)
-        part.shelf.put("late", torch.zeros(1000))
-
-    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device, device])
-    monkeypatch.setattr(blockwise._Part, step, fail_on_first)
-    with pytest.raises(AthenaError, match="the first device is gone"):
-        convert(tiny_model, tmp_path / "out.gguf", options(work_dir=work, host_memory="1KiB"))
-    time.sleep(0.6)
-    assert begun.is_set() and not list(work.glob("shelf*"))

@@ -418,10 +418,9 @@ class Sequential:
 
 def opened(model_dir: Path, device: torch.device) -> BlockModel:
     """The model in float32, all of it loaded."""
-    models = open_blocks(model_dir, [device], torch.float32, resident=1 << 62)
-    if models is None:
+    found = open_blocks(model_dir, device, torch.float32, resident=1 << 62)
+    if found is None:
         raise AthenaError(f"{model_dir}: this model cannot be run block by block")
-    (found,) = models
     for index in range(len(found.blocks)):
         with found.loaded(index):
             pass

@@ -3,20 +3,22 @@
 A forward pass puts every block's input away; the backward pass, from the last block to the first, takes it again, runs
 the block once more with gradients, and has the block's curvatures complete before it goes on. So a block's weights and
 curvatures are needed for a short while only, and what reads the curvatures can work while the rest is measured.
-Every device has a share of the windows; a block's sums are added up on the first.
+Every device has a share of the windows; a block's sums are added up on the first. Devices beyond the first are worked
+on by processes of their own (athena_gguf.calibration.remote).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf.calibration.curvature import (
     Collector,
     Curvature,
     Lookup,
     RowPower,
+    Sums,
     loss,
     not_finite,
     require_gradients,
@@ -35,29 +37,23 @@ _OUTPUT = 1 << 27  # logits made in one go, at most, if that is a window or more
 class Passes:
     """As `measure_curvature`, from the last layer to the first; each block's curvatures as soon as they are measured.
 
-    `models`, `shelves`: one a device. `advance` is called with the tokens done, two thirds of them by `backward`.
+    `first` and `others`: one a device, which work through `tokens` of text together. `advance` is called with the
+    tokens done, two thirds of them by `backward`.
     """
 
     def __init__(
         self,
-        models: Sequence[BlockModel],
-        shelves: Sequence[Shelf],
-        windows: torch.Tensor,
-        batch_windows: int,
-        labels: str = "text",
-        seed: int = 0,
+        first: LocalPart,
+        tokens: int,
         advance: Callable[[float], None] = lambda tokens: None,
+        others: Sequence[Part] = (),
     ) -> None:
-        self.blocks, self.advance, self.tokens = models[0].blocks, advance, windows.numel()
-        self.parts = [
-            _Part(*of, batch_windows, labels, seed)
-            for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
-            if len(of[2])
-        ]
+        self.blocks, self.advance, self.tokens = first.blocks.blocks, advance, tokens
+        self.parts: list[Part] = [first, *others]
         self.share = self.tokens / (3 * len(self.blocks))  # of the work, without the output
         self.threads = ThreadPoolExecutor(len(self.parts), "device")
 
-    def _on_all(self, work: Callable[[_Part], Any]) -> list[Any]:
+    def _on_all(self, work: Callable[[Part], Any]) -> list[Any]:
         """What `work` gives for every part, done by all devices at once."""
         if len(self.parts) == 1:
             return [work(self.parts[0])]
@@ -70,7 +66,7 @@ class Passes:
     def forward(self) -> None:
         """Every block's input, put away."""
         with measuring():
-            self._on_all(_Part.begin)
+            self._on_all(lambda part: part.begin())
             for index in range(len(self.blocks)):
                 self._on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
                 self.advance(self.share)
@@ -98,20 +94,40 @@ class Passes:
                 else:
                     first, *others = self._on_all(lambda part, at=index, of=those: part.backward(at, of))  # type: ignore[misc]
                     self.advance(2 * self.share)
-                for other in others:
-                    first.add(other)
+                while others:
+                    first.add(others.pop(0))
             found = first.finish()
-            del first, others
+            del first
             while found:
                 yield found.pop(0)
-        lookup.power = sum(self._on_all(_Part.end)) / self.tokens
+        lookup.power = sum(self._on_all(lambda part: part.end())) / self.tokens
 
 
 _NO_BLOCK = -1
 
 
-class _Part:
-    """One device and its share of the windows."""
+class Part(Protocol):
+    """One device and its share of the windows. What `output` and `backward` give is to be added to the collector that
+    the first device's give."""
+
+    def begin(self) -> None:
+        """The inputs of the first block."""
+
+    def forward(self, index: int) -> None:
+        """The inputs of the next block."""
+
+    def output(self, layers: Sequence[LinearLayer]) -> Collector | Sums:
+        """From the last block's output to the loss and back."""
+
+    def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector | Sums:
+        """From the gradient at a block's output to that at its input."""
+
+    def end(self) -> float:
+        """From the first block's input to the embeddings: the sum of the squares that `Lookup` is the mean of."""
+
+
+class LocalPart:
+    """A `Part` that this process works on: its share `windows` [windows, length], `batch_windows` of them at a time."""
 
     def __init__(
         self,
@@ -119,8 +135,8 @@ class _Part:
         shelf: Shelf,
         windows: torch.Tensor,
         batch_windows: int,
-        labels: str,
-        seed: int,
+        labels: str = "text",
+        seed: int = 0,
     ) -> None:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
@@ -131,7 +147,6 @@ class _Part:
         return Collector([layer.of(self.blocks.model) for layer in layers], probe)
 
     def begin(self) -> None:
-        """The inputs of the first block."""
         import torch
 
         with torch.no_grad():
@@ -140,7 +155,6 @@ class _Part:
                 self.shelf.put((0, b), self.blocks.embed(batch))
 
     def forward(self, index: int) -> None:
-        """The inputs of the next block."""
         import torch
 
         with torch.no_grad(), self.blocks.loaded(index):
@@ -149,7 +163,7 @@ class _Part:
                 self.shelf.put((index + 1, b), self.blocks.run(index, self.shelf.look((index, b))))
 
     def output(self, layers: Sequence[LinearLayer]) -> Collector:
-        """From the last block's output to the loss and back; few windows at a time, since logits are large."""
+        """Few windows at a time, since logits are large."""
         import torch
 
         blocks, small = self.blocks, self.small
@@ -176,7 +190,6 @@ class _Part:
         return collector
 
     def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector:
-        """From the gradient at a block's output to that at its input."""
         blocks, shelf = self.blocks, self.shelf
         with blocks.loaded(index):
             collector = self._collector(layers, lambda: blocks.run(index, self.small))
@@ -190,7 +203,6 @@ class _Part:
         return collector
 
     def end(self) -> float:
-        """From the first block's input to the embeddings: the sum of the squares that `Lookup` is the mean of."""
         rows = RowPower(self.blocks.device)
         handle = require_gradients(self.blocks.model, rows)
         try:

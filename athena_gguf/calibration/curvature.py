@@ -75,6 +75,20 @@ class Lookup:
     power: float | None = None
 
 
+@dataclass
+class Sums:
+    """What the batches of one device came to. Of every input, of experts of each one's: `names` of the tensors that
+    read it, the numbers of `_TOTALS` and the `tokens`; `expert_tokens`: of each of a block's stacked weights."""
+
+    names: list[tuple[str, ...]]
+    totals: list[list[torch.Tensor]]
+    tokens: list[int]
+    expert_tokens: list[int]
+
+
+_TOTALS = ("sum_xx", "sum_u", "sum_uu", "sum_squares")
+
+
 class _Input:
     """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
 
@@ -239,18 +253,29 @@ class Collector:
         seen = (group for group in self._all() if group.x is not None)
         return next((group.names[0] for group in seen if not torch.isfinite(group.x).all()), None)
 
-    def add(self, other: Collector) -> None:
-        """What a collector of the same layers in a copy of the model has summed up on another device."""
-        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
-            assert mine.names == theirs.names
-            for total in ("sum_xx", "sum_u", "sum_uu", "sum_squares"):
-                ours = getattr(mine, total)
-                ours += getattr(theirs, total).to(ours.device)
-            mine.tokens += theirs.tokens
-        for here, there in zip(self.experts, other.experts, strict=True):
-            here.tokens += there.tokens
+    def sums(self) -> Sums:
+        parts = self._parts()
+        return Sums(
+            [part.names for part in parts],
+            [[getattr(part, total) for total in _TOTALS] for part in parts],
+            [part.tokens for part in parts],
+            [group.tokens for group in self.experts],
+        )
 
-    def _sums(self) -> list[_Input]:
+    def add(self, other: Collector | Sums) -> None:
+        """Of the same layers in a copy of the model on another device."""
+        other = other.sums() if isinstance(other, Collector) else other
+        parts = self._parts()
+        assert [part.names for part in parts] == other.names
+        for part, totals, tokens in zip(parts, other.totals, other.tokens, strict=True):
+            for name, theirs in zip(_TOTALS, totals, strict=True):
+                ours = getattr(part, name)
+                ours += theirs.to(ours.device)
+            part.tokens += tokens
+        for group, tokens in zip(self.experts, other.expert_tokens, strict=True):
+            group.tokens += tokens
+
+    def _parts(self) -> list[_Input]:
         return [*(group for group, _ in self.inputs), *(part for group in self.experts for part in group.parts)]
 
     def finish(self) -> list[Curvature]:

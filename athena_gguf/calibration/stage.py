@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.blockwise import Passes
+    from athena_gguf.cards import Card
     from athena_gguf.conversion import ConvertOptions
     from athena_gguf.model import LinearLayer
     from athena_gguf.model.blocks import BlockModel
@@ -82,7 +83,7 @@ class _Run:
     `exits` puts away what they work with; `advance` tells the tokens done."""
 
     windows: torch.Tensor
-    models: list[BlockModel]
+    model: BlockModel | None
     passes: Passes | None
     advance: Callable[[float], None]
     exits: ExitStack
@@ -108,7 +109,7 @@ class _Beside:
 @dataclass
 class Stage:
     """What the calibration works with. `window`: tokens of a window. `timed(name, beside)` is a context that adds to a
-    stage's time."""
+    stage's time. `cards`: of the `devices` but the first."""
 
     model_dir: Path
     base_path: Path
@@ -119,6 +120,7 @@ class Stage:
     tokens: int
     window: int
     timed: Callable[..., AbstractContextManager[None]]
+    cards: Sequence[Card] = ()
     taken: int = field(default=0, init=False)
     beside: _Beside | None = field(default=None, init=False)
 
@@ -216,12 +218,12 @@ class Stage:
             if beside is not None:
                 run.exits.callback(beside.stop)
             found: list[Curvature] = []
-            if run.passes is None:
+            if run.passes is None or run.model is None:
                 with self.timed("curvature"):
                     found = self._whole(run, lookup)
             else:
                 with self.timed("curvature"):
-                    layers = self._layers(run.models[0].model, run.models[0].columns)
+                    layers = self._layers(run.model.model, run.model.columns)
                     if beside is None:
                         run.passes.forward()
                     else:
@@ -260,7 +262,7 @@ class Stage:
             windows = self.kept_windows(check)
         pause()
         with timed("curvature"), ExitStack() as exits, self._shortage_explained():
-            models = self._blocks()
+            model = self._blocks()
             check()
             tell = exits.enter_context(progress.bar("curvature of the loss", windows.numel()))
 
@@ -268,10 +270,10 @@ class Stage:
                 check()
                 tell(tokens)
 
-            if models is None:
-                return _Run(windows, [], None, advance, exits.pop_all())
-            passes = self._passes(models, windows, advance, before_files, exits)
-            return _Run(windows, models, passes, advance, exits.pop_all())
+            if model is None:
+                return _Run(windows, None, None, advance, exits.pop_all())
+            passes = self._passes(model, windows, advance, before_files, exits)
+            return _Run(windows, model, passes, advance, exits.pop_all())
 
     def _whole(self, run: _Run, lookup: Lookup) -> list[Curvature]:
         import torch
@@ -286,11 +288,12 @@ class Stage:
         with measuring():
             return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
 
-    def _blocks(self) -> list[BlockModel] | None:
-        """The model to run block by block, on every device. None to run it whole, which is faster on a CPU whose memory
-        it fits in: every block is computed once instead of twice."""
+    def _blocks(self) -> BlockModel | None:
+        """The model to run block by block, opened by every card too. None to run it whole, which is faster on a CPU
+        whose memory it fits in: every block is computed once instead of twice."""
         import torch
 
+        from athena_gguf.calibration.remote import open_there
         from athena_gguf.model.blocks import open_blocks
 
         on_cpu = self.device.type == "cpu"
@@ -300,29 +303,37 @@ class Stage:
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
         room = self.memory.host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1)
-        return open_blocks(self.model_dir, self.devices, dtype, max(0, room))
+        room = max(0, room)
+        with ThreadPoolExecutor(max(1, len(self.cards)), "opening") as threads:
+            others = [threads.submit(open_there, card, self.model_dir, dtype, room) for card in self.cards]
+            found = open_blocks(self.model_dir, self.device, dtype, room)
+            return found if all([other.result() for other in others]) else None
 
     def _passes(
         self,
-        models: list[BlockModel],
+        model: BlockModel,
         windows: torch.Tensor,
         advance: Callable[[float], None],
         before_files: Callable[[], None],
         exits: ExitStack,
     ) -> Passes:
-        from athena_gguf.calibration.blockwise import Passes, largest_batch
+        from athena_gguf.calibration.blockwise import LocalPart, Passes, largest_batch
+        from athena_gguf.calibration.remote import RemotePart
         from athena_gguf.calibration.shelf import Shelf
 
         on_cpu = self.device.type == "cpu"
         memory = self.memory.host if on_cpu else self.memory.device
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
-        room = max(0, memory - self._working_bytes(batch) - models[0].resident_bytes)
-        host = 0 if on_cpu else self.memory.host // len(models)
-        shelves = []
-        for n, model in enumerate(models):
-            shelves.append(Shelf(model.device, room, host, self.work / f"shelf{n}", before_files))
-            exits.callback(shelves[-1].close)
-        passes = Passes(models, shelves, windows, batch, advance=advance)
+        room = max(0, memory - self._working_bytes(batch) - model.resident_bytes)
+        host = 0 if on_cpu else self.memory.host // (1 + len(self.cards))
+        share, *rest = (share for share in windows.tensor_split(1 + len(self.cards)) if len(share))
+        shelf = Shelf(model.device, room, host, self.work / "shelf0", before_files)
+        exits.callback(shelf.close)
+        others = []
+        for n, (card, part) in enumerate(zip(self.cards, rest, strict=False), 1):
+            others.append(RemotePart(card, part, batch, room, host, self.work / f"shelf{n}", before_files))
+            exits.callback(others[-1].close)
+        passes = Passes(LocalPart(model, shelf, share, batch), windows.numel(), advance, others)
         exits.callback(passes.close)
         return passes
 

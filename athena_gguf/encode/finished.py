@@ -30,28 +30,31 @@ class FinishedTensors(Mapping[str, Encoded]):
 
     def find(self, name: str, kind: str) -> bool:
         """Whether the tensor was finished in this type before, by this process or another."""
-        path = self.folder / f"{name}.{kind}.safetensors"
-        encoded = self._read(path)
+        encoded = self._read(self._path(name, kind))
         if encoded is None:
             return False
-        self._note(name, path, kind, encoded)
+        self.note(name, kind, encoded.loss, encoded.power)
         return True
 
     def put(self, name: str, kind: str, encoded: Encoded) -> None:
         """Raises AthenaError if it cannot be written."""
         from safetensors.numpy import save_file
 
-        path = self.folder / f"{name}.{kind}.safetensors"
+        path = self._path(name, kind)
         about = {"key": self.key, "loss": encoded.loss, "power": encoded.power, "crc32": zlib.crc32(encoded.data.data)}
         require_space(self.folder, encoded.data.nbytes, f"the encoded tensor {name}")
         with temporary_beside(path, sync=False) as temporary:  # a checksum tells what a loss of power spoiled
             save_file({"data": encoded.data}, temporary, {"about": json.dumps(about)})
-        self._note(name, path, kind, encoded)
+        self.note(name, kind, encoded.loss, encoded.power)
 
-    def _note(self, name: str, path: Path, kind: str, encoded: Encoded) -> None:
-        self.paths[name] = path
+    def note(self, name: str, kind: str, loss: float, power: float) -> None:
+        """It was put there, perhaps by another process."""
+        self.paths[name] = self._path(name, kind)
         if kind in TYPES:
-            self.losses[name] = encoded.loss / encoded.power if encoded.power else 0.0
+            self.losses[name] = loss / power if power else 0.0
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}.{kind}.safetensors"
 
     def _read(self, path: Path) -> Encoded | None:
         from safetensors import safe_open

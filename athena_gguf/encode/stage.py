@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf import progress
-from athena_gguf.memory import cores, short_turns
+from athena_gguf.memory import cores
 
 if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.store import Calibration
+    from athena_gguf.cards import Card
     from athena_gguf.cluster import Cluster
     from athena_gguf.encode import Encoded, EncodeOptions
     from athena_gguf.encode.finished import FinishedTensors
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 NOT_FED = "no linear layer of the model feeds it"
 WRITES = 8  # finished tensors that wait for the disk, at most
-ON_CARD = 4  # inputs whose curvatures a GPU that measures at the same time holds for its encoding, at most
 IN_FLIGHT = 1 << 28  # weights that wait for their encoding on the CPU, at most; a larger tensor waits alone
 _COMPILING = Lock()
 
@@ -36,15 +35,16 @@ def encode_tensors(
     plan: Plan,
     calibration: Calibration,
     folder: Path,
-    devices: Sequence[torch.device],
+    device: torch.device,
     timed: Callable[[str], Any],
     overlap: bool = True,
     cluster: Cluster | None = None,
+    cards: Sequence[Card] = (),
 ) -> FinishedTensors:
     """Every tensor of `plan.encoded`, as the curvatures come, and every one of `plan.standard` meanwhile; those that an
     earlier conversion finished are taken from `folder`. `overlap`: the devices have memory enough to encode while the
-    next curvatures are measured. `cluster`: encodes, instead of this process. Raises AthenaError naming the tensor if
-    its curvature is none, or if the disk has no room."""
+    next curvatures are measured. `cluster`: encodes, instead of this process; `cards`: beside it. Raises AthenaError
+    naming the tensor if its curvature is none, or if the disk has no room."""
     from athena_gguf.calibration import store
     from athena_gguf.encode import EncodeOptions, finished
     from athena_gguf.gguf_file import GGUFFile
@@ -55,15 +55,17 @@ def encode_tensors(
     found = {name for name, kind in (plan.encoded | plan.standard).items() if done.find(name, kind)}
     if found:
         progress.note(f"{len(found)} finished tensors are taken from the work directory")
-    on_gpu = devices[0].type == "cuda" and cluster is None
+    on_gpu = (device.type == "cuda" or bool(cards)) and cluster is None
 
     def queue_for(writer: Writer) -> Queue:
         if cluster is not None:
             from athena_gguf.encode.ray_queue import RayQueue
 
-            return RayQueue(plan, base, settings, writer, cluster, measures=devices[0].type == "cpu")
+            return RayQueue(plan, base, settings, writer, cluster, measures=device.type == "cpu")
         if on_gpu:
-            return _GpuQueue(plan, base, settings, writer, devices, overlap)
+            from athena_gguf.encode.card_queue import CardQueue
+
+            return CardQueue(plan, base, settings, writer, device, cards, overlap)
         return _CpuQueue(plan, base, settings, writer)
 
     with (
@@ -101,7 +103,7 @@ def encode_tensors(
     return done
 
 
-def make_kernels(devices: Iterable[torch.device], streams: Iterable[torch.cuda.Stream | None], kinds: set[str]) -> None:
+def make_kernels(device: torch.device, stream: torch.cuda.Stream | None, kinds: set[str]) -> None:
     """Encode next to nothing in each of the A types `kinds`, so that the kernels are there when the first curvature is;
     one thread at a time, since others would make the same. Raises AthenaError if they cannot be made."""
     import torch
@@ -112,11 +114,10 @@ def make_kernels(devices: Iterable[torch.device], streams: Iterable[torch.cuda.S
     from athena_gguf.format import GROUP, TYPES
 
     require_cuda()
-    for device, stream in zip(devices, streams, strict=True):
-        with _COMPILING, cache_explained(), torch.cuda.device(device), torch.cuda.stream(stream):
-            metric = Metric.identity(GROUP, device)
-            for kind in sorted(kinds):
-                encode_each(metric.plain, metric, TYPES[kind], EncodeOptions())
+    with _COMPILING, cache_explained(), torch.cuda.device(device), torch.cuda.stream(stream):
+        metric = Metric.identity(GROUP, device)
+        for kind in sorted(kinds):
+            encode_each(metric.plain, metric, TYPES[kind], EncodeOptions())
 
 
 class Writer:
@@ -140,6 +141,11 @@ class Writer:
         self.waiting.append(self.disk.submit(self.done.put, name, self.plan.encoded[name], encoded))
         if len(self.waiting) > WRITES:
             self.waiting.popleft().result()
+        self.advance(self.plan.elements(name))
+
+    def note(self, name: str, loss: float, power: float) -> None:
+        """Another process put the tensor there."""
+        self.done.note(name, self.plan.encoded[name], loss, power)
         self.advance(self.plan.elements(name))
 
     def quantize(self, names: Sequence[str]) -> None:
@@ -216,89 +222,3 @@ class _CpuQueue:
 
     def drain(self) -> None:
         self._collect(0)
-
-
-class _GpuQueue:
-    """Encodes the tensors of one input after the other on every GPU; an input goes to the one with least to do.
-
-    With `overlap` that goes on beside the measurement, in a stream of its own, and the next input is made ready
-    meanwhile, in another one. What one stream makes for another is kept until that has done its work. The devices are
-    awake (`calibration.stage.wake`).
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        base: GGUFFile,
-        settings: EncodeOptions,
-        writer: Writer,
-        devices: Sequence[torch.device],
-        overlap: bool,
-    ) -> None:
-        import torch
-
-        from athena_gguf.encode import EncodePool
-
-        self.plan, self.base, self.writer = plan, base, writer
-        self.devices, self.overlap = devices, overlap
-        self.pools = [EncodePool(settings, 1, device, own_stream=overlap) for device in devices]
-        self.ready = [torch.cuda.Stream(device) if overlap else None for device in devices]
-        # Of the first device, where curvatures are measured: each copies them to one of the others.
-        self.copying = [torch.cuda.Stream(devices[0]) if overlap else None for _ in devices]
-        self.threads = [ThreadPoolExecutor(2 if overlap else 1, f"{device}") for device in devices]
-        self.jobs: list[deque[tuple[float, Future[None]]]] = [deque() for _ in devices]
-        self.stack = ExitStack()
-
-    def __enter__(self) -> _GpuQueue:
-        self.stack.enter_context(short_turns())
-        kinds = set(self.plan.encoded.values())
-        for pool, jobs, thread, device in zip(self.pools, self.jobs, self.threads, self.devices, strict=True):
-            self.stack.enter_context(pool)
-            self.stack.callback(thread.shutdown, wait=True, cancel_futures=True)
-            jobs.append((0.0, pool.workers.submit(make_kernels, [device], [pool.stream], kinds)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stack.__exit__(None, None, None)
-
-    def add(self, matrix: torch.Tensor | None, names: Sequence[str]) -> None:
-        """Start with tensors that read an input of this curvature, as soon as a GPU has room for it."""
-        from athena_gguf.encode.pool import mark
-
-        load = [sum(size for size, job in jobs if not job.done()) for jobs in self.jobs]
-        at = load.index(min(load))
-        while len(self.jobs[at]) > (ON_CARD - 1 if self.overlap else 1):
-            self.jobs[at].popleft()[1].result()
-        measured = None if matrix is None else mark(matrix.device)
-        *matrices, _, columns = self.plan.shapes[names[0]]  # every expert has a metric of its own
-        weights = sum(self.plan.elements(name) for name in names)
-        # In proportion to seconds of an H100, of 4,096 and 14,336 columns.
-        size = weights * (1 + columns / 6400) + math.prod(matrices) * columns**3 / 84000
-        self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, measured, list(names))))
-
-    def _encode(
-        self, at: int, matrix: torch.Tensor | None, measured: torch.cuda.Event | None, names: Sequence[str]
-    ) -> None:
-        import torch
-
-        from athena_gguf.encode.layer import encode_layer
-
-        tensors = [self.base.tensors[name] for name in names]
-        device = self.devices[at]
-        with torch.cuda.device(device), torch.cuda.stream(self.ready[at]):
-            if matrix is not None and measured is not None:
-                # A copy is made in a stream of the device that it comes from, and this device's waits for it.
-                with torch.cuda.stream(self.copying[at] if matrix.device != device else None):
-                    measured.wait()
-                    matrix = matrix.to(device)
-            for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, device):
-                self.writer.put(name, encoded)
-
-    def pause(self) -> None:
-        if not self.overlap:
-            self.drain()
-
-    def drain(self) -> None:
-        for jobs in self.jobs:
-            while jobs:
-                jobs.popleft()[1].result()

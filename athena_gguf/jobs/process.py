@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from athena_gguf.ending import how_it_ended
 from athena_gguf.jobs.spec import Job
 from athena_gguf.jobs.state import log_file
 
@@ -73,7 +73,7 @@ class Process:
             except ValueError:
                 return Attempt(seconds, message=f"it ended without a result; see {log}")
         if code < 0:
-            return Attempt(seconds, message=f"killed by {_signal_name(-code)}{_hint(-code)}", killed=True)
+            return Attempt(seconds, message=how_it_ended(code), killed=True)
         with open(log, "rb") as said:
             said.seek(begin)
             lines = said.read().decode(errors="replace").splitlines()
@@ -91,14 +91,3 @@ def _complaint(lines: list[str]) -> str:
         except ValueError:
             plain = plain or line.strip()
     return plain
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _hint(number: int) -> str:
-    return ", perhaps for want of memory" if number == getattr(signal, "SIGKILL", None) else ""

@@ -6,8 +6,7 @@ with stand-ins for the blocks that record what each is called with, or that put 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,12 +189,11 @@ class BlockModel:
 
 
 def open_blocks(
-    model_dir: Path, devices: Sequence[torch.device], dtype: torch.dtype, resident: int = 0, probe: int = 8
-) -> list[BlockModel] | None:
-    """The model of a directory on every device, with none of its blocks loaded; None where they cannot be run one by
-    one: parameters that are not in the checkpoint, or made of it in an unknown way, or blocks that pass each other more
-    than the hidden state. `resident`: bytes of blocks that may stay loaded on each device. `probe`: tokens of a run
-    that finds out."""
+    model_dir: Path, device: torch.device, dtype: torch.dtype, resident: int = 0, probe: int = 8
+) -> BlockModel | None:
+    """The model of a directory, with none of its blocks loaded; None where they cannot be run one by one: parameters
+    that are not in the checkpoint, or made of it in an unknown way, or blocks that pass each other more than the hidden
+    state. `resident`: bytes of blocks that may stay loaded on the device. `probe`: tokens of a run that finds out."""
     import torch
     import transformers
 
@@ -220,16 +218,8 @@ def open_blocks(
     if any(name not in pieces and tied.get(name) not in pieces for name, _ in model.named_parameters()):
         return None
     model.eval().requires_grad_(False)
-    copies = [model, *(copy.deepcopy(model) for _ in devices[1:])]
-
-    def opened(of: tuple[Any, torch.device]) -> BlockModel | None:
-        found = BlockModel(of[0], checkpoint, pieces, of[1], resident)
-        return found if _runs_by_blocks(found, probe) else None
-
-    with ThreadPoolExecutor(len(devices), "opening") as threads:
-        found = list(threads.map(opened, zip(copies, devices, strict=True)))
-    running = [one for one in found if one is not None]
-    return running if len(running) == len(found) else None
+    found = BlockModel(model, checkpoint, pieces, device, resident)
+    return found if _runs_by_blocks(found, probe) else None
 
 
 def _runs_by_blocks(model: BlockModel, probe: int) -> bool:

@@ -38,8 +38,8 @@ class LinearLayer:
         return parameter[:, self.module.rows] if isinstance(self.module, ExpertLayers) else parameter
 
     def of(self, model: Any) -> LinearLayer:
-        """The same layer of a copy of the model."""
-        found = model.get_submodule(self.module_name)
+        """The same layer of a copy of the model; with None, of no model, to be sent to another process."""
+        found = None if model is None else model.get_submodule(self.module_name)
         return replace(
             self, module=replace(self.module, owner=found) if isinstance(self.module, ExpertLayers) else found
         )

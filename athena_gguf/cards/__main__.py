@@ -1,0 +1,3 @@
+from athena_gguf.cards.child import main
+
+main()

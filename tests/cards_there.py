@@ -1,0 +1,40 @@
+"""What the tests of cards have their processes call."""
+
+import os
+import signal
+import time
+
+import torch
+
+from athena_gguf.errors import AthenaError
+from athena_gguf.model.trust import runs_code
+
+
+class Odd(Exception):
+    """Cannot be sent: it is made from two things and pickled as one."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def add(here, *tensors, more=0):
+    return sum(tensors) + more
+
+
+def raises(here, kind):
+    if kind == "odd":
+        raise Odd("this", "that")
+    raise {"athena": AthenaError, "memory": torch.OutOfMemoryError, "cancelled": KeyError}[kind]("too odd")
+
+
+def code(here):
+    return runs_code()
+
+
+def sleep(here, seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die(here):
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,241 @@
+"""Cards worked on by processes of their own, here with the CPU as every card: the same numbers and files as from one
+process, and an end as clean."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cards_there as there
+import pytest
+import tiny_model as tiny
+import torch
+from test_blockwise import linear
+
+import athena_gguf.calibration.stage
+import athena_gguf.cards.card
+import athena_gguf.encode.card_queue as card_queue
+from athena_gguf.calibration import Lookup, blockwise, remote
+from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.calibration.stage import Stage
+from athena_gguf.cards import Card, Cards, wire
+from athena_gguf.cards.child import Here
+from athena_gguf.conversion import convert
+from athena_gguf.errors import AthenaError
+from athena_gguf.model.blocks import open_blocks
+from athena_gguf.model.trust import running_code
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """This folder, for the processes."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+
+
+@pytest.fixture
+def card():
+    with Cards(CPU, [CPU]) as cards:
+        yield cards[0]
+
+
+class Inline:
+    """As a `Card`, without a process."""
+
+    def __init__(self, device, gpu_memory=None):
+        self.here = Here(device)
+
+    def call(self, function, *args, **named):
+        return function(self.here, *args, **named)
+
+    def agree(self, device):
+        pass
+
+    end = close = lambda self: None
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """Conversions see two devices, and run the model block by block."""
+    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device, device])
+    monkeypatch.setattr(Stage, "_whole_bytes", lambda stage: 1 << 60)
+
+
+def test_messages():
+    sent = [
+        torch.arange(6, dtype=torch.bfloat16).view(2, 3).T,
+        torch.tensor(1.5, dtype=torch.float64),
+        torch.empty(0, 4),
+        torch.randn(300, 1000),
+        {"path": Path("/a"), "slice": slice(1, None), "types": (torch.int8, None)},
+    ]
+    file = io.BytesIO()
+    for number in (7, 8):
+        wire.write(file, number, wire.packed(sent, share=True))
+    file.seek(0)
+    for number in (7, 8):
+        found, parts = wire.read(file)
+        *tensors, rest = wire.unpacked(parts)
+        assert found == number and rest == sent[-1]
+        for one, other in zip(tensors, sent[:-1], strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+    with pytest.raises(EOFError):
+        wire.read(file)
+
+
+def test_calls(card):
+    assert card.call(there.add, torch.ones(3), torch.ones(3), more=1).tolist() == [3, 3, 3]
+    begun, found = time.monotonic(), []
+    threads = [threading.Thread(target=lambda: found.append(card.call(there.sleep, 1.0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [card.process.pid] * 4 and time.monotonic() - begun < 3.5  # beside each other
+    assert card.call(there.code) is False
+    with running_code(True), Cards(CPU, [CPU]) as cards:
+        assert cards[0].call(there.code) is True
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [("athena", AthenaError), ("memory", torch.OutOfMemoryError), ("cancelled", KeyError), ("odd", RuntimeError)],
+)
+def test_errors_come_back(kind, raised, card):
+    with pytest.raises(raised) as found:
+        card.call(there.raises, kind)
+    assert "too odd" in str(found.value) or "this" in str(found.value)
+    assert "in raises" in str(found.value.__cause__)
+    assert card.call(there.add, 1, 2) == 3
+
+
+def test_killed_process(card):
+    with pytest.raises(AthenaError, match=r"cpu: .* \(killed by SIGKILL.*--work-dir"):
+        card.call(there.die)
+    with pytest.raises(AthenaError, match="killed by SIGKILL"):
+        card.call(there.add, 1, 2)
+
+
+def test_process_ends_with_its_parent():
+    """Killed, so that nobody closes anything."""
+    script = (
+        "import torch, cards_there, threading\n"
+        "from athena_gguf.cards import Card\n"
+        "card = Card(torch.device('cpu'))\n"
+        "print(card.call(cards_there.sleep, 0), flush=True)\n"
+        "card.call(cards_there.sleep, 600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    os.kill(pid, 0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 30
+    while _runs(pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # whoever inherits it may not look after it
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("Llama", {}), ("GraniteMoe", {"num_local_experts": 3, "num_experts_per_tok": 2})],
+)
+def test_curvatures_are_those_of_one_process(family, config, card, tmp_path):
+    folder = tiny.make(tmp_path / "model", family, **config)
+    windows = torch.randint(0, 300, (5, 32), generator=torch.Generator().manual_seed(0))
+    shares = windows.tensor_split(2)
+    found = []
+    for name, process in (("here", None), ("there", card)):
+        model = open_blocks(folder, CPU, torch.float32)
+        first = blockwise.LocalPart(model, Shelf(CPU, 20_000, 40_000, tmp_path / f"{name}0"), shares[0], 2)
+        place = tmp_path / f"{name}1"
+        if process is None:
+            copy = open_blocks(folder, CPU, torch.float32)
+            other = blockwise.LocalPart(copy, Shelf(CPU, 20_000, 40_000, place), shares[1], 2)
+        else:
+            assert remote.open_there(card, folder, torch.float32, 0)
+            other = remote.RemotePart(card, shares[1], 2, 20_000, 40_000, place)
+        passes = blockwise.Passes(first, windows.numel(), others=[other])
+        passes.forward()
+        lookup = Lookup()
+        found.append((list(passes.backward(linear(model.model), lookup)), lookup))
+        passes.close()
+        assert place.exists()  # the share was put away there
+    other.close()
+    assert not place.exists()
+    (here, one), (processes, two) = found
+    assert one.power == two.power and len(here) == len(processes) > 4
+    for a, b in zip(here, processes, strict=True):
+        assert a.about == b.about and torch.equal(a.matrix, b.matrix)
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
+@pytest.mark.parametrize("changes", [{}, {"bpw": 4.0}])
+def test_same_file(changes, tiny_model, options, tmp_path, monkeypatch):
+    files = tmp_path / "one.gguf", tmp_path / "two.gguf"
+    convert(tiny_model, files[1], options(host_memory="1KiB", **changes))
+    encoded, encode = [], card_queue._Encoding.encode
+    monkeypatch.setattr(card_queue._Encoding, "encode", lambda self, *of: encoded.append(of[1]) or encode(self, *of))
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", Inline)
+    convert(tiny_model, files[0], options(host_memory="1KiB", **changes))
+    assert encoded and files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
+@pytest.mark.parametrize("step", ["backward", "encode"])
+def test_conversion_with_a_killed_process(step, tiny_model, options, tmp_path, monkeypatch):
+    """It ends with an error, and the same command goes on from there."""
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+    place, count = (remote.RemotePart if step == "backward" else card_queue._Remote), []
+    run = getattr(place, step)
+
+    def killed_at_second(part, *of):
+        count.append(of)
+        if len(count) == 2:
+            os.kill(part.card.process.pid, signal.SIGKILL)
+        return run(part, *of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, step, killed_at_second)
+        with pytest.raises(AthenaError, match="killed by SIGKILL"):
+            convert(tiny_model, out, options(work_dir=work, host_memory="1KiB"))
+    assert len(count) >= 2 and not out.exists() and not list(work.glob("shelf*"))
+    convert(tiny_model, out, options(work_dir=work, host_memory="1KiB"))
+    convert(tiny_model, tmp_path / "whole.gguf", options(host_memory="1KiB"))
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_an_error_here_ends_the_others(step, tiny_model, options, tmp_path, monkeypatch):
+    """What they would still write to the work directory does not stay there."""
+    work, cards = tmp_path / "work", []
+
+    class Noted(Card):
+        def __init__(self, *of):
+            super().__init__(*of)
+            cards.append(self)
+
+    def fail(part, *more):
+        raise AthenaError("the first device is gone")
+
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", Noted)
+    monkeypatch.setattr(blockwise.LocalPart, step, fail)
+    with pytest.raises(AthenaError, match="the first device is gone"):
+        convert(tiny_model, tmp_path / "out.gguf", options(work_dir=work, host_memory="1KiB"))
+    assert [card.process.poll() for card in cards] == [0] and not list(work.glob("shelf*"))
