@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +137,46 @@ def floors(shape: str, blocks: int, tokens: int, rates: dict[str, float]) -> dic
     }
 
 
-class HostPeak:
-    """Most memory of this process that is no file's, in bytes, while it is entered."""
+class Peaks:
+    """The most memory while it is entered, in bytes: of this process and those of other cards what is no file's; of
+    every card beyond the first all that is in use there, which torch knows only of its own process."""
 
-    def __enter__(self) -> HostPeak:
-        self.most, self.stop = 0, threading.Event()
+    def __enter__(self) -> Peaks:
+        self.host, self.stop = 0, threading.Event()
+        self.cards: dict[int, int] = {}
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
         while not self.stop.wait(0.1):
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            self.most = max(self.most, next(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")))
+            self.host = max(self.host, _anonymous("self") + sum(map(_anonymous, _card_processes())))
+            for card in range(1, torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+                free, whole = torch.cuda.mem_get_info(card)
+                self.cards[card] = max(self.cards.get(card, 0), whole - free)
 
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
         self.thread.join()
+
+
+def _anonymous(process: str) -> int:
+    """Bytes of its memory that are no file's; 0 if it is no more."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def _card_processes() -> list[str]:
+    found = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for process in children.read_text(encoding="ascii").split():
+                if b"athena_gguf.cards" in Path(f"/proc/{process}/cmdline").read_bytes():
+                    found.append(process)
+    return found
 
 
 def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dict[str, Any]:
@@ -171,18 +195,18 @@ def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dic
         host_memory=args.host_memory,
     )
     start = time.perf_counter()
-    with HostPeak() as host:
+    with Peaks() as peaks:
         result = conversion.convert(model, out, options)
     seconds = time.perf_counter() - start
     cards = range(torch.cuda.device_count()) if args.device == "cuda" else ()
-    on_card = [torch.cuda.max_memory_reserved(card) / 2**30 for card in cards]
+    on_card = [(peaks.cards.get(card) or torch.cuda.max_memory_reserved(card)) / 2**30 for card in cards]
     return {
         "seconds": seconds,
         "stages": result.seconds,
         "beside": result.beside,
         "spans": result.spans,
         "GPU GiB": on_card,
-        "host GiB": host.most / 2**30,
+        "host GiB": peaks.host / 2**30,
     }
 
 

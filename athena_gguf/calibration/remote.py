@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -43,7 +44,7 @@ class RemotePart:
         folder: Path,
         before_files: Callable[[], None] = lambda: None,
     ) -> None:
-        self.card = card
+        self.card, self.folder = card, folder
         card.call(_start, windows.contiguous(), batch, room, host, folder)
         Thread(target=self._allow_files, args=(before_files,), daemon=True).start()
 
@@ -68,11 +69,12 @@ class RemotePart:
         return self.card.call(_summed, "backward", index, [layer.of(None) for layer in layers])
 
     def end(self) -> float:
-        return float(self.card.call(_step, "end"))
+        return self.card.call(_end)
 
     def close(self) -> None:
-        with suppress(AthenaError):  # nothing is left where the process has ended
+        with suppress(AthenaError):
             self.card.call(_close)
+        shutil.rmtree(self.folder, ignore_errors=True)  # where the process has ended
 
 
 @dataclass
@@ -129,6 +131,12 @@ def _step(here: Here, step: str, *args: Any) -> Any:
 def _summed(here: Here, step: str, *args: Any) -> Sums:
     found: Sums = _step(here, step, *args).sums()
     return found
+
+
+def _end(here: Here) -> float:
+    """Without the precision of the other steps, which the encoding would take on."""
+    part: LocalPart = here.held[_Measuring].part
+    return part.end()
 
 
 def _close(here: Here) -> None:

@@ -48,6 +48,7 @@ class CardQueue:
         self.places: list[_Place] = [first, *(_Remote(card, writer, first, *of) for card in cards)]
         self.threads = [ThreadPoolExecutor(2 if overlap else 1, "encode on a card") for _ in self.places]
         self.jobs: list[deque[tuple[float, Future[None]]]] = [deque() for _ in self.places]
+        self.given = [0.0 for _ in self.places]
         self.stack = ExitStack()
 
     def __enter__(self) -> CardQueue:
@@ -66,7 +67,7 @@ class CardQueue:
         from athena_gguf.encode.pool import mark
 
         load = [sum(size for size, job in jobs if not job.done()) for jobs in self.jobs]
-        at = load.index(min(load))
+        at = min(range(len(load)), key=lambda n: (load[n], self.given[n]))
         while len(self.jobs[at]) > (ON_CARD - 1 if self.overlap else 1):
             self.jobs[at].popleft()[1].result()
         measured = None if matrix is None else mark(matrix.device)
@@ -76,6 +77,7 @@ class CardQueue:
         size = weights * (1 + columns / 6400) + math.prod(matrices) * columns**3 / 84000
         job = self.threads[at].submit(self.places[at].encode, matrix, measured, list(names))
         self.jobs[at].append((size, job))
+        self.given[at] += size
 
     def pause(self) -> None:
         if not self.overlap:
