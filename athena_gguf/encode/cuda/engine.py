@@ -9,7 +9,7 @@ from athena_gguf.encode.cuda.launch import array, configure, simulated
 from athena_gguf.encode.cuda.products import Halves, halve, mixed
 from athena_gguf.encode.cuda.scales import ROWS, SHARE, descend, pick, reduce
 from athena_gguf.encode.cuda.search import WARP, SearchShape, rows_of_block, search_kernel, words_of_step
-from athena_gguf.encode.cuda.sweep import aim, settle
+from athena_gguf.encode.cuda.sweep import settle
 from athena_gguf.encode.horizon import COMMIT, HORIZON
 from athena_gguf.encode.metric import Lanes, Metric
 from athena_gguf.encode.scales import (
@@ -96,17 +96,15 @@ class CudaSteps:
         target, shift, moved = torch.empty(3, self.rows, steps, device=pull.device)
         parts = self.h.buffer(self.rows, steps)
         search = _Search(self, metric.sweeping, 1, target, scale, self.search_shape)
-        aimed = tuple(map(array, (shift, values, scale, target)))
         found = (pull, shift, scale, search.cost, search.symbols, search.values, symbols, values, moved)
         settled = tuple(map(array, found))
-        run_aim = configure(aim, -(-self.rows * steps // 256), 256)
         run_settle = configure(settle, -(-self.rows // 4), (WARP, 4))
         for lane in range(LANES):
             a, z = lane * steps, lane * steps + steps
             # Completing the square: with the other lanes fixed, the loss is the distance to this target under the
             # lane's own block of h, and a constant.
             torch.mm(pull[:, a:z], metric.lane_inverses[lane], out=shift)
-            run_aim(*aimed, a)
+            torch.addcmul(shift, values[:, a:z], scale, out=target)
             search(lane)
             run_settle(*settled, a)
             self.h.add_product(pull, moved, lane, parts)

@@ -1,4 +1,4 @@
-"""CUDA kernels around the search of a sweep."""
+"""The CUDA kernel around the search of a sweep."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from athena_gguf.encode.cuda.launch import kernel
 
 _LANES = 32  # threads of a row
 _ROWS = 4  # of a block
-
-
-@kernel
-def aim(shift, values, scale, target, first):  # type: ignore[no-untyped-def]
-    """`target` = what the values come to, plus `shift`. A thread a column.
-
-    `shift`, `scale`, `target` [rows, steps] float32; `values` [rows, columns] int8, the lane's from column `first` on.
-    """
-    item = cuda.grid(1)
-    rows, steps = shift.shape
-    if item < rows * steps:
-        row, t = item // steps, item % steps
-        target[row, t] = shift[row, t] + float32(values[row, first + t]) * scale[row, t]
 
 
 @kernel
