@@ -82,6 +82,17 @@ def _backwards(name):
     return -int(name.split("layers.")[1].split(".")[0])
 
 
+def test_shelf_uses_host_memory_that_becomes_free(tmp_path):
+    """It asks for it, once the first tensor would go to a file; what does not fit even then goes to one."""
+    freed = iter([5_000])
+    shelf = Shelf(torch.device("meta"), 0, 1_000, tmp_path, lambda: next(freed, 0))
+    tensors = [torch.full((size,), float(size)) for size in (200, 600, 500, 400)]
+    for number, tensor in enumerate(tensors):
+        shelf.put(number, tensor)
+    assert [place for place, _ in shelf.held.values()] == ["host", "host", "host", "file"]
+    assert shelf.spilled == 1600 and shelf.room["host"] == 6_000 - 4 * 1300
+
+
 def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     (blocks,) = open_blocks(tiny_model, [CPU], torch.float32)
     windows = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
@@ -76,6 +76,11 @@ def wake(devices: Sequence[torch.device], gpu_memory: int | None) -> None:
             torch.linalg.cholesky(torch.eye(2, device=device))  # threads that use it first at the same time fail
 
 
+def _given_once(before: Callable[[], None], amounts: Iterator[int]) -> int:
+    before()
+    return next(amounts, 0)
+
+
 @dataclass
 class _Run:
     """The calibration's text, and the model that it runs through: its `passes`, None where it is run whole. Leaving
@@ -129,9 +134,13 @@ class Stage:
 
     @cached_property
     def memory(self) -> Memory:
-        """As it is when it is first asked for."""
-        found = Memory.of(self.devices, *self.options.memory)
-        return replace(found, host=max(0, found.host - self.taken))
+        """As it is when it is first asked for; of the host's, the base file takes `taken` until it is complete."""
+        return Memory.of(self.devices, *self.options.memory)
+
+    @property
+    def _host(self) -> int:
+        """Bytes of the host's memory that are left for the calibration now."""
+        return max(0, self.memory.host - self.taken)
 
     @cached_property
     def _key(self) -> str:
@@ -185,6 +194,7 @@ class Stage:
         what went wrong with it."""
         if self.beside is None:
             return
+        self.taken = 0
         self.beside.disk.set()
         with self.timed("curvature"):
             self.beside.opened.result()
@@ -294,12 +304,12 @@ class Stage:
         from athena_gguf.model.blocks import open_blocks
 
         on_cpu = self.device.type == "cpu"
-        if on_cpu and self._whole_bytes() <= self.memory.host:
+        if on_cpu and self._whole_bytes() <= self._host:
             return None
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
-        room = self.memory.host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1)
+        room = self._host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1)
         return open_blocks(self.model_dir, self.devices, dtype, max(0, room))
 
     def _passes(
@@ -314,13 +324,16 @@ class Stage:
         from athena_gguf.calibration.shelf import Shelf
 
         on_cpu = self.device.type == "cpu"
-        memory = self.memory.host if on_cpu else self.memory.device
+        memory = self._host if on_cpu else self.memory.device
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
         room = max(0, memory - self._working_bytes(batch) - models[0].resident_bytes)
-        host = 0 if on_cpu else self.memory.host // len(models)
+        # What the base file still takes is theirs once it is complete, which `before_files` waits for.
+        host = self._host
+        now, later = (0 if on_cpu else part // len(models) for part in (host, self.memory.host - host))
         shelves = []
         for n, model in enumerate(models):
-            shelves.append(Shelf(model.device, room, host, self.work / f"shelf{n}", before_files))
+            disk = partial(_given_once, before_files, iter([later]))
+            shelves.append(Shelf(model.device, room, now, self.work / f"shelf{n}", disk))
             exits.callback(shelves[-1].close)
         passes = Passes(models, shelves, windows, batch, advance=advance)
         exits.callback(passes.close)
@@ -470,7 +483,7 @@ class Stage:
         import torch
 
         weights = sum(map(self.plan.elements, self.plan.shapes))
-        room = self.memory.host if self.device.type == "cpu" else self.memory.device
+        room = self._host if self.device.type == "cpu" else self.memory.device
         if 5 * weights <= room:
             return torch.float32
         if 2.5 * weights <= room:
