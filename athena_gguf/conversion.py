@@ -410,6 +410,7 @@ def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
 
     from athena_gguf.calibration.precision import measuring
     from athena_gguf.gguf_file import GGUFFile, quantize
+    from athena_gguf.gpu import repeated
     from athena_gguf.model import load_model
     from athena_gguf.tune.stage import tune_encoded
 
@@ -419,7 +420,7 @@ def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
     model = load_model(stage.model_dir, stage.device, torch.float32)
     with GGUFFile(stage.base_path) as base, measuring():
         try:
-            found = tune_encoded(model, base, stage.plan, encoded, windows, seed)
+            found = repeated(lambda: tune_encoded(model, base, stage.plan, encoded, windows, seed))
         except torch.OutOfMemoryError as error:
             raise AthenaError(
                 f"{stage.model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune"

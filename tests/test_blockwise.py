@@ -1,7 +1,7 @@
 """Models that are run block by block: the same curvature and the same files as from the whole model."""
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from threading import Event
 
 import numpy as np
@@ -19,7 +19,7 @@ from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile, write_base
 from athena_gguf.model import LinearLayer, load_model
-from athena_gguf.model.blocks import open_blocks
+from athena_gguf.model.blocks import BlockModel, open_blocks
 from athena_gguf.model.experts import ExpertLayers
 from athena_gguf.plan import make_plan
 
@@ -103,6 +103,51 @@ def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     passes.forward()
     found = list(passes.backward(layers, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
+
+
+def test_a_block_that_cannot_repeat_its_bits_is_measured_all_the_same(tiny_model, tmp_path, monkeypatch, capsys):
+    """As torch has operations that refuse where the same bits are asked for; on two devices, both begin again."""
+    windows = torch.randint(0, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+    asked, refusals, run = [], [], BlockModel.run
+
+    @contextmanager
+    def repeatable():
+        asked.append(True)
+        try:
+            yield
+        finally:
+            asked.clear()
+
+    def refusing(blocks, index, hidden):
+        if asked and index == 0 and torch.is_grad_enabled():
+            refusals.append(index)
+            raise RuntimeError("cumsum does not have a deterministic implementation, but you set more")
+        return run(blocks, index, hidden)
+
+    def measured(name):
+        models = open_blocks(tiny_model, [CPU] * 2, torch.float32)
+        shelves = [Shelf(CPU, 1 << 20, 0, tmp_path / f"{name}{n}") for n in range(2)]
+        passes = blockwise.Passes(models, shelves, windows, 2)
+        passes.forward()
+        found = list(passes.backward(linear(models[0].model), Lookup()))
+        assert not any(shelf.held for shelf in shelves)
+        return found
+
+    plain = measured("plain")
+    monkeypatch.setattr(blockwise, "repeatable", repeatable)
+    monkeypatch.setattr(BlockModel, "run", refusing)
+    for one, other in zip(plain, measured("again"), strict=True):
+        assert one.about == other.about and torch.equal(one.matrix, other.matrix)
+    assert len(refusals) == 2
+    assert (
+        "may differ in their last bits: cumsum does not have a deterministic implementation" in capsys.readouterr().err
+    )
+
+
+def test_windows_of_a_batch_do_not_follow_every_byte_that_is_free():
+    windows = torch.zeros(100, 512, dtype=torch.long)
+    assert [blockwise.largest_batch(windows, n, 10) for n in (0, 19, 20, 39, 75, 80, 1000)] == [1, 1, 2, 2, 4, 8, 16]
+    assert blockwise.largest_batch(windows[:5], 1000, 10) == 5
 
 
 def test_what_stays_on_a_gpu_leaves_room_for_the_rest(tiny_model, tmp_path, monkeypatch):

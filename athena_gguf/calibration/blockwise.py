@@ -9,7 +9,7 @@ Every device has a share of the windows; a block's sums are added up on the firs
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.calibration.curvature import (
@@ -23,6 +23,7 @@ from athena_gguf.calibration.curvature import (
 )
 from athena_gguf.calibration.precision import measuring
 from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.gpu import refused, repeatable, warn
 from athena_gguf.model import LinearLayer
 from athena_gguf.model.blocks import BlockModel
 
@@ -54,6 +55,7 @@ class Passes:
             for of in zip(models, shelves, windows.tensor_split(len(models)), strict=True)
             if len(of[2])
         ]
+        self.device, self.repeats = models[0].device, True
         self.share = self.tokens / (3 * len(self.blocks))  # of the work, without the output
         self.threads = ThreadPoolExecutor(len(self.parts), "device")
 
@@ -61,7 +63,9 @@ class Passes:
         """What `work` gives for every part, done by all devices at once."""
         if len(self.parts) == 1:
             return [work(self.parts[0])]
-        return list(self.threads.map(work, self.parts))
+        done = [self.threads.submit(work, part) for part in self.parts]
+        wait(done)
+        return [one.result() for one in done]
 
     def close(self) -> None:
         """Wait until no device is at work, as after an error on one of them others may be."""
@@ -69,7 +73,7 @@ class Passes:
 
     def forward(self) -> None:
         """Every block's input, put away."""
-        with measuring():
+        with measuring(self.device):
             self._on_all(_Part.begin)
             for index in range(len(self.blocks)):
                 self._on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
@@ -92,11 +96,11 @@ class Passes:
         for index in (_NO_BLOCK, *reversed(range(len(self.blocks)))):
             pause()
             those = by_block.get(index, [])
-            with measuring():
+            with measuring(self.device):
                 if index == _NO_BLOCK:
                     first, *others = self._on_all(lambda part, of=those: part.output(of))  # type: ignore[misc]
                 else:
-                    first, *others = self._on_all(lambda part, at=index, of=those: part.backward(at, of))  # type: ignore[misc]
+                    first, *others = self._block(index, those)
                     self.advance(2 * self.share)
                 for other in others:
                     first.add(other)
@@ -105,6 +109,21 @@ class Passes:
             while found:
                 yield found.pop(0)
         lookup.power = sum(self._on_all(_Part.end)) / self.tokens
+
+    def _block(self, index: int, layers: Sequence[LinearLayer]) -> list[Collector]:
+        """What `_Part.backward` gives for every part, the same bits every time if the model's operations allow it."""
+        if self.repeats:
+            try:
+                with repeatable():
+                    return self._on_all(lambda part: part.backward(index, layers))
+            except _Refused as error:
+                self.repeats = False
+                warn(error)
+        return self._on_all(lambda part: part.backward(index, layers))
+
+
+class _Refused(Exception):
+    """An operation of a block is not `repeatable`; nothing was taken from the shelf."""
 
 
 _NO_BLOCK = -1
@@ -176,15 +195,22 @@ class _Part:
         return collector
 
     def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector:
-        """From the gradient at a block's output to that at its input."""
+        """From the gradient at a block's output to that at its input. Raises `_Refused`."""
         blocks, shelf = self.blocks, self.shelf
         with blocks.loaded(index):
             collector = self._collector(layers, lambda: blocks.run(index, self.small))
             with collector:
                 for b in range(len(self.batches)):
                     collector.clear()
-                    x = shelf.take((index, b)).requires_grad_(True)
-                    blocks.run(index, x).backward(shelf.take(("gradient", b)))
+                    x, gradient = shelf.take((index, b)), shelf.take(("gradient", b))
+                    try:
+                        blocks.run(index, x.requires_grad_(True)).backward(gradient)
+                    except RuntimeError as error:
+                        if b or not refused(error):
+                            raise
+                        shelf.put((index, b), x)
+                        shelf.put(("gradient", b), gradient)
+                        raise _Refused(error) from error
                     assert x.grad is not None
                     shelf.put(("gradient", b), x.grad)
         return collector
@@ -207,5 +233,10 @@ def most_windows(length: int) -> int:
 
 
 def largest_batch(windows: torch.Tensor, budget: int, per_window: int) -> int:
-    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one."""
-    return max(1, min(most_windows(windows.shape[1]), len(windows), budget // max(1, per_window)))
+    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one.
+
+    A power of two where the budget says it, as a GPU's free memory differs a little from one run to the next, and with
+    the number the last bits of the sums.
+    """
+    fit = 1 << (max(1, budget // max(1, per_window)).bit_length() - 1)
+    return max(1, min(most_windows(windows.shape[1]), len(windows), fit))

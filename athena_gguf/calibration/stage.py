@@ -68,6 +68,10 @@ def wake(devices: Sequence[torch.device], gpu_memory: int | None) -> None:
     """Have GPUs ready for work, which takes some tenths of a second each. torch takes `gpu_memory` there at most."""
     import torch
 
+    from athena_gguf.gpu import prepare_to_repeat
+
+    if devices[0].type == "cuda":
+        prepare_to_repeat()
     for device in devices:
         if device.type == "cuda":
             if gpu_memory:
@@ -288,13 +292,18 @@ class Stage:
 
         from athena_gguf.calibration import measure_curvature
         from athena_gguf.calibration.precision import measuring
+        from athena_gguf.gpu import repeated
         from athena_gguf.model import load_model
 
         model = load_model(self.model_dir, self.device, torch.float32)
         layers = self._layers(model, lambda layer, which: layer.module.weight[..., which])
         batch = 2 if self.device.type == "cpu" else 16
-        with measuring():
-            return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
+
+        def measured() -> list[Curvature]:
+            with measuring(self.device):
+                return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
+
+        return repeated(measured)
 
     def _blocks(self) -> list[BlockModel] | None:
         """The model to run block by block, on every device. None to run it whole, which is faster on a CPU whose memory
