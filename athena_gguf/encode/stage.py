@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -63,7 +63,7 @@ def encode_tensors(
 
             return RayQueue(plan, base, settings, writer, cluster, measures=devices[0].type == "cpu")
         if on_gpu:
-            return _GpuQueue(plan, base, settings, writer, devices, overlap)
+            return _GpuQueue(plan, base, settings, writer, devices, overlap, found)
         return _CpuQueue(plan, base, settings, writer)
 
     with (
@@ -85,11 +85,11 @@ def encode_tensors(
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
         for curvature in calibration.stream(known, queue.pause):
-            names = [name for name in curvature.about.tensor_names if name in needed]
-            if names:
+            names = [name for name in curvature.about.tensor_names if name in plan.encoded]
+            if not needed.isdisjoint(names):
                 with timed("encoding"):
                     advance(0)
-                    queue.add(curvature.matrix, names)
+                    queue.add(curvature.matrix, names if on_gpu else [name for name in names if name in needed])
             del curvature
         absent = sorted(calibration.absent & plan.encoded.keys())
         for name in absent:
@@ -234,13 +234,15 @@ class _GpuQueue:
         writer: Writer,
         devices: Sequence[torch.device],
         overlap: bool,
+        finished: Collection[str] = (),
     ) -> None:
+        """`finished`: tensors that are not encoded again, though `add` names them."""
         import torch
 
         from athena_gguf.encode import EncodePool
 
         self.plan, self.base, self.writer = plan, base, writer
-        self.devices, self.overlap = devices, overlap
+        self.devices, self.overlap, self.finished = devices, overlap, finished
         self.pools = [EncodePool(settings, 1, device, own_stream=overlap) for device in devices]
         self.ready = [torch.cuda.Stream(device) if overlap else None for device in devices]
         # Of the first device, where curvatures are measured: each copies them to one of the others.
@@ -271,7 +273,7 @@ class _GpuQueue:
             self.jobs[at].popleft()[1].result()
         measured = None if matrix is None else mark(matrix.device)
         *matrices, _, columns = self.plan.shapes[names[0]]  # every expert has a metric of its own
-        weights = sum(self.plan.elements(name) for name in names)
+        weights = sum(self.plan.elements(name) for name in names if name not in self.finished)
         # In proportion to seconds of an H100, of 4,096 and 14,336 columns.
         size = weights * (1 + columns / 6400) + math.prod(matrices) * columns**3 / 84000
         self.jobs[at].append((size, self.threads[at].submit(self._encode, at, matrix, measured, list(names))))
@@ -291,7 +293,8 @@ class _GpuQueue:
                 with torch.cuda.stream(self.copying[at] if matrix.device != device else None):
                     measured.wait()
                     matrix = matrix.to(device)
-            for name, encoded in encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, device):
+            layer = encode_layer(self.pools[at], matrix, tensors, self.plan.encoded, device, finished=self.finished)
+            for name, encoded in layer:
                 self.writer.put(name, encoded)
 
     def pause(self) -> None:
