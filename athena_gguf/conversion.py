@@ -36,7 +36,6 @@ _THREADS = 4  # two of the curvature, one that makes kernels, one that keeps the
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
-TUNE_BYTES = 24 << 30  # of the activations, gradients and optimizer while tuning, about
 
 
 @dataclass(frozen=True)
@@ -390,6 +389,8 @@ def _allocate(
 
 def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
     """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
+    from athena_gguf.tune.stage import windows_at_once
+
     if any(len(shape) > 2 for shape in plan.shapes.values()):
         if options.tune:
             progress.note("warning: scales and norms are not tuned: that is not possible with a mixture of experts")
@@ -398,7 +399,7 @@ def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> b
         return options.tune
     if device.type != "cuda":
         return False
-    fits = 10 * sum(map(plan.elements, plan.shapes)) + TUNE_BYTES <= memory.device
+    fits = windows_at_once(plan, WINDOW, memory.device) > 0
     if not fits:
         progress.note("scales and norms are not tuned: the GPU's memory is too small for this model twice in float32")
     return fits
@@ -412,15 +413,16 @@ def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
     from athena_gguf.gguf_file import GGUFFile, quantize
     from athena_gguf.gpu import repeated
     from athena_gguf.model import load_model
-    from athena_gguf.tune.stage import tune_encoded
+    from athena_gguf.tune.stage import tune_encoded, windows_at_once
 
     # Other windows than the curvature's where the model writes them, more of the same text where files are given.
     seed = stage.options.seed
     windows = stage.windows(TUNE_TOKENS, seed + 1)
+    at_once = windows_at_once(stage.plan, WINDOW, stage.memory.device) if stage.device.type == "cuda" else None
     model = load_model(stage.model_dir, stage.device, torch.float32)
     with GGUFFile(stage.base_path) as base, measuring():
         try:
-            found = repeated(lambda: tune_encoded(model, base, stage.plan, encoded, windows, seed))
+            found = repeated(lambda: tune_encoded(model, base, stage.plan, encoded, windows, seed, at_once))
         except torch.OutOfMemoryError as error:
             raise AthenaError(
                 f"{stage.model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune"
