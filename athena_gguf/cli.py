@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from athena_gguf import __version__, progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 
 FAILED_JOBS, FAULT, INTERRUPTED = 3, 70, 130  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 
@@ -26,8 +26,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except AthenaError as error:
-            progress.error(" ".join(str(error).split()), 1)
-            raise SystemExit(1) from None
+            progress.error(" ".join(str(error).split()), error.exit_code)
+            raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             progress.interrupted(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
@@ -438,7 +438,7 @@ def run(
     from athena_gguf.runtime.completion import complete
 
     if not prompt.strip():
-        raise AthenaError("--prompt is empty; say what to answer")
+        raise UsageError("--prompt is empty; say what to answer")
     complete(
         file,
         prompt,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf import progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 from athena_gguf.lock import locked
 from athena_gguf.memory import short_turns, shortage_explained
 
@@ -34,7 +34,6 @@ _THREADS = 4  # two of the curvature, one that makes kernels, one that keeps the
 CALIBRATION_TOKENS = 98_304
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
-TUNE_BYTES = 24 << 30  # of the activations, gradients and optimizer while tuning, about
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,45 @@ class ConvertOptions:
 
     @property
     def memory(self) -> tuple[int | None, int | None]:
-        """Bytes of `gpu_memory` and `host_memory`. Raises AthenaError for what is no size."""
+        """Bytes of `gpu_memory` and `host_memory`. Raises UsageError for what is no size."""
         from athena_gguf.allocate.target import parse_bytes
 
         given = {"--gpu-memory": self.gpu_memory, "--host-memory": self.host_memory}
         gpu, host = (parse_bytes(option, text) if text else None for option, text in given.items())
         return gpu, host
+
+    @property
+    def target(self) -> Target | None:
+        """What the file's size is to be, if that is asked for. Raises UsageError as `parse_target`."""
+        from athena_gguf.allocate import parse_target
+
+        return parse_target(self.bpw, self.size, self.fit_memory, self.context, self.preset)
+
+    def check(self) -> None:
+        """Raise UsageError for values that cannot be and options that exclude each other."""
+        from athena_gguf.format import TYPES
+        from athena_gguf.gguf_file.standard import STANDARD_TYPES
+
+        types = (*STANDARD_TYPES, *TYPES)
+        target = self.target
+        if target is not None and self.type is not None:
+            raise UsageError(
+                f"--type {self.type} gives every linear layer one type, and {target.option} chooses; give one"
+            )
+        if self.type not in (None, *TYPES):
+            raise UsageError(f"--type {self.type}: choose from {', '.join(TYPES)}")
+        if self.embedding_type not in (None, *types):
+            raise UsageError(f"--embedding-type {self.embedding_type}: choose from {', '.join(types)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"--device {self.device}: choose from auto, cpu, cuda")
+        if self.memory[0] and self.device == "cpu":
+            raise UsageError("--gpu-memory is for a GPU; leave it out with --device cpu")
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
+            raise UsageError(f"--calibration-tokens {self.calibration_tokens}: give a number of tokens")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}: give 0 or more")
+        if self.report_text is not None and self.report is None:
+            raise UsageError("--report-text is for the model card of --report; give both")
 
     @property
     def texts(self) -> list[Path]:
@@ -122,6 +154,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
+    from athena_gguf.allocate import sizes_and_room
     from athena_gguf.calibration.stage import Stage, all_of, wake
     from athena_gguf.cards import Cards
     from athena_gguf.cluster import connected
@@ -133,7 +166,8 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     from athena_gguf.summary import print_plan, print_summary
 
     out, options = Path(out), options or ConvertOptions()
-    target, device = _target(options), _check(out, options)
+    options.check()
+    target, device = options.target, _check(out, options)
     options = replace(options, device=device.type)
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
@@ -157,6 +191,9 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
                 tokens = options.calibration_tokens or CALIBRATION_TOKENS
+                metadata = _metadata(options, target, tokens)
+                if target is not None:
+                    sizes_and_room(base.header, plan, target, metadata)
                 stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed, cards)
                 calibration = stage.calibration()
                 awake.result()
@@ -172,7 +209,6 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
                 require_space(out.parent, predicted_bytes(base_path, plan), str(out))
             check_finite(base_path)
         stage.opened()
-        metadata = _metadata(options, target, stage.tokens)
         if target or options.dry_run:
             for _ in calibration.stream():  # a choice of types needs them all
                 pass
@@ -202,34 +238,10 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     return result
 
 
-def _target(options: ConvertOptions) -> Target | None:
-    from athena_gguf.allocate import parse_target
-
-    target = parse_target(options.bpw, options.size, options.fit_memory, options.context, options.preset)
-    if target is not None and options.type is not None:
-        raise AthenaError(
-            f"--type {options.type} gives every linear layer one type, and {target.option} chooses; give one"
-        )
-    return target
-
-
 def _check(out: Path, options: ConvertOptions) -> Any:
-    """The torch device. Raises AthenaError for options that cannot work, before any work is done."""
+    """The torch device. Raises AthenaError for files and devices that cannot be used, before any work is done."""
     import torch
 
-    from athena_gguf.format import TYPES
-    from athena_gguf.gguf_file.standard import STANDARD_TYPES
-
-    if options.type not in (None, *TYPES):
-        raise AthenaError(f"--type {options.type}: choose from {', '.join(TYPES)}")
-    if options.embedding_type not in (None, *STANDARD_TYPES, *TYPES):
-        raise AthenaError(
-            f"--embedding-type {options.embedding_type}: choose from {', '.join((*STANDARD_TYPES, *TYPES))}"
-        )
-    if options.device not in ("auto", "cpu", "cuda"):
-        raise AthenaError(f"--device {options.device}: choose from auto, cpu, cuda")
-    if options.memory[0] and options.device == "cpu":
-        raise AthenaError("--gpu-memory is for a GPU; leave it out with --device cpu")
     for path in options.texts:
         if not path.is_file():
             raise AthenaError(f"--calibration {path}: no such file")
@@ -369,7 +381,6 @@ def _allocate(
         work if options.work_dir else None, base_path, plan, calibration, EncodeOptions(), device, options.seed
     )
     if target is not None:
-        metadata["athena.predicted_kld"] = 0.0  # counts for the size
         choose_types(base_path, plan, losses, target, metadata)
     predicted = predicted_kld(plan, losses)
     if target is not None:
@@ -379,6 +390,8 @@ def _allocate(
 
 def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
     """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
+    from athena_gguf.tune.stage import windows_at_once
+
     if any(len(shape) > 2 for shape in plan.shapes.values()):
         if options.tune:
             progress.note("warning: scales and norms are not tuned: that is not possible with a mixture of experts")
@@ -387,7 +400,7 @@ def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> b
         return options.tune
     if device.type != "cuda":
         return False
-    fits = 10 * sum(map(plan.elements, plan.shapes)) + TUNE_BYTES <= memory.device
+    fits = windows_at_once(plan, WINDOW, memory.device) > 0
     if not fits:
         progress.note("scales and norms are not tuned: the GPU's memory is too small for this model twice in float32")
     return fits
@@ -399,16 +412,18 @@ def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
 
     from athena_gguf.calibration.precision import measuring
     from athena_gguf.gguf_file import GGUFFile, quantize
+    from athena_gguf.gpu import repeated
     from athena_gguf.model import load_model
-    from athena_gguf.tune.stage import tune_encoded
+    from athena_gguf.tune.stage import tune_encoded, windows_at_once
 
     # Other windows than the curvature's where the model writes them, more of the same text where files are given.
     seed = stage.options.seed
     windows = stage.windows(TUNE_TOKENS, seed + 1)
+    at_once = windows_at_once(stage.plan, WINDOW, stage.memory.device) if stage.device.type == "cuda" else None
     model = load_model(stage.model_dir, stage.device, torch.float32)
     with GGUFFile(stage.base_path) as base, measuring():
         try:
-            found = tune_encoded(model, base, stage.plan, encoded, windows, seed)
+            found = repeated(lambda: tune_encoded(model, base, stage.plan, encoded, windows, seed, at_once))
         except torch.OutOfMemoryError as error:
             raise AthenaError(
                 f"{stage.model_dir}: the GPU's memory is too small to tune: {error}; use --no-tune"
@@ -450,6 +465,7 @@ def _metadata(options: ConvertOptions, target: Target | None, tokens: int) -> di
         kinds["athena.target"] = target.name
     if options.embedding_type is not None:
         kinds["athena.embedding_type"] = options.embedding_type
+    predicted = {} if target is None else {"athena.predicted_kld": 0.0}  # counts for the size before it is known
     return {
         "athena.format_version": FORMAT_VERSION,
         "athena.version": __version__,
@@ -464,4 +480,5 @@ def _metadata(options: ConvertOptions, target: Target | None, tokens: int) -> di
         "athena.sweeps": settings.sweeps,
         "athena.tuned": False,
         "athena.made_with": [f"{name} {version(name)}" for name in ("torch", "transformers", "numba", "numpy", "gguf")],
+        **predicted,
     }

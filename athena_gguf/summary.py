@@ -103,8 +103,8 @@ def print_summary(
 def print_plan(base_path: Path, plan: Plan, metadata: Mapping[str, Any], predicted: float) -> Result:
     """The type of every matrix, the file's exact size, its bits a weight and predicted KL divergence, on stdout."""
     kinds = plan.encoded | plan.standard
-    size = result_bytes(base_path, kinds, metadata, file_type=file_type(plan))
     with GGUFFile(base_path) as base:
+        size = result_bytes(base, kinds, metadata, file_type=file_type(plan))
         bits = 8 * sum(tensor_bytes(t, kinds.get(t.name, t.type_name)) for t in base) / base.n_elements
     types = {name: plan.kind(name) for name in plan.shapes}
     _grid("types", types, print)

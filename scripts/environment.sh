@@ -39,8 +39,13 @@ environment() {
     export PATH=$venv/bin:$PATH VIRTUAL_ENV=$venv
     state=$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$state" ]; then
-        echo "== Python environment in $venv (torch is large)"
-        python -m pip install --quiet --constraint "$root/scripts/constraints.txt" --editable "${root}[dev]"
+        echo "== Python environment in $venv (1 to 2 GB with torch's CPU build, some 6 GB more where pip takes CUDA's)"
+        # Of what pip says, the large downloads: its bars are for terminals, and all of it is too much.
+        PYTHONUNBUFFERED=1 python -m pip install --progress-bar off --constraint "$root/scripts/constraints.txt" \
+            --editable "${root}[dev]" | awk '
+                /Downloading .*\([0-9.]+ [MG]B\)/ { print "  downloading " $2 " " $3 " " $4 }
+                /^Installing collected packages/ { print "  installing all of them" }
+                { fflush() }'
         echo "$state" >"$stamp"
     fi
     command -v ccache >/dev/null || echo "(ccache would make the next build of llama.cpp faster)"

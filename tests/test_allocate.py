@@ -13,9 +13,10 @@ from athena_gguf.allocate import PRESETS, losses, parse_target
 from athena_gguf.allocate.losses import candidates, measure_losses
 from athena_gguf.allocate.target import BATCH, PROGRAM, kv_cache_bytes, runtime_bytes
 from athena_gguf.calibration import store
+from athena_gguf.calibration.stage import Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, EncodePool, Metric, encode_matrix
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.plan import make_plan
@@ -110,25 +111,34 @@ def test_embeddings_can_be_forced(tiny_model, options, tmp_path):
         assert 8 * sum(t.n_bytes for t in file) / file.n_elements <= 4.5
 
 
-def test_limits_are_said(tiny_model, options, tmp_path):
+@pytest.mark.parametrize("made_before", [True, False])
+def test_limits_are_said_before_any_calibration(made_before, tiny_model, options, tmp_path, monkeypatch):
+    """From the header of a base file that is there, or still being written."""
+
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(Stage, "kept_windows", never)
     out = tmp_path / "out.gguf"
-    for target, match in (
+    cases = (
+        ({"size": "60KiB"}, r"--size: file of 60KiB is too small .* 0\.\d to 0\.6 MiB"),
         ({"bpw": 2.0}, r"--bpw: 2 bits a weight is too small .* 2\.\d+ to 1[67]\.\d+ bits a weight"),
         ({"bpw": 20.0}, r"20 bits a weight is more than .* 2\.\d+ to 1[67]\.\d+ bits a weight"),
-        ({"size": "60KiB"}, r"--size: file of 60KiB is too small .* 0\.\d to 0\.6 MiB"),
         ({"size": "1GB"}, r"file of 1GB is more than .* to 0\.6 MiB"),
         (
             {"fit_memory": "100MiB"},
             r"--fit-memory: 100MiB of memory with 4096 tokens .* to 13\d\.\d MiB, 13\d\.\d MiB of it beside",
         ),
-        ({"preset": "tiny"}, None),
-    ):
-        if match is None:
-            convert(tiny_model, out, options(**target, dry_run=True))
-            continue
+    )
+    for target, match in cases if made_before else cases[:1]:
+        settings = options(**target) if made_before else options(**target, base=None)
         with pytest.raises(AthenaError, match=match):
-            convert(tiny_model, out, options(**target))
+            convert(tiny_model, out, settings)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_smallest_preset_fits_the_tiny_model(tiny_model, options, tmp_path):
+    convert(tiny_model, tmp_path / "out.gguf", options(preset="tiny", dry_run=True))
 
 
 def test_targets_exclude_each_other(tiny_model, options, tmp_path):
@@ -140,14 +150,18 @@ def test_targets_exclude_each_other(tiny_model, options, tmp_path):
         ({"preset": "enormous"}, "--preset enormous: choose from tiny, small"),
         ({"size": "5 giga"}, "--size 5 giga: give a size such as"),
         ({"size": "0"}, "--size 0"),
+        ({"size": "5"}, r"--size 5: 5 bytes\? say 5GiB or 5MiB"),
+        ({"fit_memory": "8.5"}, r"--fit-memory 8\.5: 8\.5 bytes\?"),
+        ({"gpu_memory": "12", "device": "auto"}, r"--gpu-memory 12: 12 bytes\?"),
+        ({"host_memory": "32000"}, r"--host-memory 32000: 32000 bytes\?"),
         ({"bpw": -1.0}, "--bpw -1"),
     ):
-        with pytest.raises(AthenaError, match=match):
+        with pytest.raises(UsageError, match=match):
             convert(tiny_model, tmp_path / "out.gguf", options(**chosen))
 
 
 def test_sizes_and_presets_are_understood():
-    for text, expected in (("5.5GiB", 5905580032), ("8GB", 8 * 10**9), ("700 mib", 700 * 2**20), ("12345", 12345)):
+    for text, expected in (("5.5GiB", 5905580032), ("8GB", 8 * 10**9), ("700 mib", 700 * 2**20), ("123456", 123456)):
         assert parse_target(size=text).size == expected
     for name, bpw in PRESETS.items():
         assert parse_target(preset=name).bpw == bpw

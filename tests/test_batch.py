@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from athena_gguf import cli
 from athena_gguf.conversion import ConvertOptions, convert
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import UsageError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.jobs import Job, read_batch, run_batch, state
 from athena_gguf.jobs.batch import _run
@@ -274,6 +274,10 @@ GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'
         ('[[model]]\ntargets = ["A3"]', "model of the model without model = must be a text"),
         ('[[model]]\nmodel = "llama"', "needs targets"),
         ('[[model]]\nmodel = "llama"\ntargets = ["A7"]', "target A7: give a type"),
+        ('[[model]]\nmodel = "llama"\ntargets = ["71"]', "target 71: give a type"),
+        (GOOD + 'device = "tpu"', "llama-A3.gguf of the model llama: --device tpu: choose from"),
+        (GOOD + "bpw = 3.0", "llama-A3.gguf of the model llama: --type A3 .* --bpw chooses"),
+        (GOOD + 'host-memory = "12"', r"--host-memory 12: 12 bytes\?"),
         ('[[model]]\nmodel = "llama"\ntargets = [3]', "3 is no target"),
         ('[[model]]\nmodel = "llama"\ntargets = [{ file = "../x" }]', "no file name"),
         (GOOD + "sede = 1", "has sede"),
@@ -289,7 +293,7 @@ GOOD = '[[model]]\nmodel = "llama"\ntargets = ["A3"]\n'
 def test_wrong_files_of_jobs(content, match, tmp_path):
     path = tmp_path / "jobs.toml"
     path.write_text(content)
-    with pytest.raises(AthenaError, match=match):
+    with pytest.raises(UsageError, match=match):
         read_batch(path)
     assert [p.name for p in tmp_path.iterdir()] == ["jobs.toml"]
 

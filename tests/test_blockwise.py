@@ -1,6 +1,6 @@
 """Models that are run block by block: the same curvature and the same files as from the whole model."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.gguf_file import GGUFFile, write_base
 from athena_gguf.model import LinearLayer, load_model
-from athena_gguf.model.blocks import open_blocks
+from athena_gguf.model.blocks import BlockModel, open_blocks
 from athena_gguf.model.experts import ExpertLayers
 from athena_gguf.plan import make_plan
 
@@ -81,6 +81,17 @@ def _backwards(name):
     return -int(name.split("layers.")[1].split(".")[0])
 
 
+def test_shelf_uses_host_memory_that_becomes_free(tmp_path):
+    """It asks for it, once the first tensor would go to a file; what does not fit even then goes to one."""
+    freed = iter([5_000])
+    shelf = Shelf(torch.device("meta"), 0, 1_000, tmp_path, lambda: next(freed, 0))
+    tensors = [torch.full((size,), float(size)) for size in (200, 600, 500, 400)]
+    for number, tensor in enumerate(tensors):
+        shelf.put(number, tensor)
+    assert [place for place, _ in shelf.held.values()] == ["host", "host", "host", "file"]
+    assert shelf.spilled == 1600 and shelf.room["host"] == 6_000 - 4 * 1300
+
+
 def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     blocks = open_blocks(tiny_model, CPU, torch.float32)
     windows = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -91,6 +102,50 @@ def test_what_is_finished_is_not_measured(tiny_model, tmp_path):
     passes.forward()
     found = list(passes.backward(layers, Lookup(), done))
     assert len(found) == 4 and all("layers.0" in c.about.tensor_names[0] for c in found)
+
+
+def test_a_block_that_cannot_repeat_its_bits_is_measured_all_the_same(tiny_model, tmp_path, monkeypatch, capsys):
+    """As torch has operations that refuse where the same bits are asked for."""
+    windows = torch.randint(0, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+    asked, refusals, run = [], [], BlockModel.run
+
+    @contextmanager
+    def repeatable():
+        asked.append(True)
+        try:
+            yield
+        finally:
+            asked.clear()
+
+    def refusing(blocks, index, hidden):
+        if asked and index == 0 and torch.is_grad_enabled():
+            refusals.append(index)
+            raise RuntimeError("cumsum does not have a deterministic implementation, but you set more")
+        return run(blocks, index, hidden)
+
+    def measured(name):
+        blocks, shelf = open_blocks(tiny_model, CPU, torch.float32), Shelf(CPU, 1 << 20, 0, tmp_path / name)
+        passes = blockwise.Passes(blockwise.LocalPart(blocks, shelf, windows, 2), windows.numel())
+        passes.forward()
+        found = list(passes.backward(linear(blocks.model), Lookup()))
+        assert not shelf.held
+        return found
+
+    plain = measured("plain")
+    monkeypatch.setattr(blockwise, "repeatable", repeatable)
+    monkeypatch.setattr(BlockModel, "run", refusing)
+    for one, other in zip(plain, measured("again"), strict=True):
+        assert one.about == other.about and torch.equal(one.matrix, other.matrix)
+    assert len(refusals) == 1
+    assert (
+        "may differ in their last bits: cumsum does not have a deterministic implementation" in capsys.readouterr().err
+    )
+
+
+def test_windows_of_a_batch_do_not_follow_every_byte_that_is_free():
+    windows = torch.zeros(100, 512, dtype=torch.long)
+    assert [blockwise.largest_batch(windows, n, 10) for n in (0, 19, 20, 39, 75, 80, 1000)] == [1, 1, 2, 2, 4, 8, 16]
+    assert blockwise.largest_batch(windows[:5], 1000, 10) == 5
 
 
 def test_what_stays_on_a_gpu_leaves_room_for_the_rest(tiny_model, tmp_path, monkeypatch):

@@ -90,6 +90,31 @@ def test_curvature_is_that_of_the_definition(cap, model, layers, windows, monkey
         np.testing.assert_allclose(curvature.matrix, matrix, rtol=2e-4, atol=1e-5 * np.abs(matrix).max())
 
 
+@pytest.mark.parametrize("tokens", [1, 77, 1000])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sums_of_products_are_those_of_float64(mixed, tokens, monkeypatch):
+    """Rounded to bfloat16 first, each input is off by up to 2^-8 of itself (here torch multiplies on the CPU)."""
+    rng = np.random.default_rng(tokens)
+    x = (rng.standard_normal((tokens, 48)) * np.exp(3 * rng.standard_normal(48))).astype(np.float32)
+    if mixed:
+        monkeypatch.setattr(curvature_module, "mixed", lambda device: True)
+
+        def addmm(total, a, b, *, out_dtype, out):
+            assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32) and out is total
+            return out.add_(a.float() @ b.float())
+
+        monkeypatch.setattr(torch, "addmm", addmm)
+    total = torch.zeros(48, 48)
+    for part in torch.from_numpy(x).split(200):
+        curvature_module.add_products(total, part)
+    exact = x.astype(np.float64).T @ x
+    sizes = np.abs(x.astype(np.float64)).T @ np.abs(x)
+    error = np.abs(total.numpy() - exact) / sizes
+    assert error.max() < (2.1 * 2**-8 if mixed else 1e-5)
+    damping = 0.01 * exact.diagonal().mean()
+    assert np.linalg.eigvalsh(total.double().numpy() + damping * np.eye(48)).min() > 0.99 * damping
+
+
 def test_curvature_of_experts_is_that_of_the_definition(windows, monkeypatch):
     """Every expert's from the tokens that it was sent, as seen by a stand-in for torch's own product."""
     torch.manual_seed(3)

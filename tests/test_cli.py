@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from athena_gguf import cli, progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 from athena_gguf.runtime import make
 
 
@@ -85,7 +85,32 @@ def test_wrong_use_is_no_traceback():
     assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("raised", "code"), [(AthenaError("no\n  room"), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "{here}", "{here}/out.gguf", "--size", "5"],
+        ["convert", "{here}", "{here}/out.gguf", "--type", "A9"],
+        ["convert", "{here}", "{here}/out.gguf", "--seed", "-1"],
+        ["convert", "{here}", "{here}/out.gguf", "--bpw", "3", "--preset", "small"],
+        ["batch", "{here}/jobs.toml"],
+        ["batch", "{here}/jobs.toml", "--workers", "0"],
+        ["run", "{here}/out.gguf", "-p", " "],
+        ["run", "{here}/out.gguf", "-p", "x", "--raw", "--system", "y"],
+        ["runtime", "build", "--dir", "{here}", "--llama-cpp", "{here}", "--archive", "{here}/archive"],
+        ["eval", "{here}/out.gguf", "--base", "{here}/out.gguf", "--text", "{here}/text", "--windows", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_values_are_wrong_use(arguments, tmp_path):
+    (tmp_path / "jobs.toml").write_text('[[model]]\nmodel = "m"\ntargets = ["A7"]\n')
+    result = CliRunner().invoke(cli.app, [a.format(here=tmp_path) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(AthenaError("no\n  room"), 1), (UsageError("no"), 2), (KeyboardInterrupt(), 130)]
+)
 def test_exit_codes(monkeypatch, tmp_path, raised, code):
     def fail(*_, **__):
         raise raised

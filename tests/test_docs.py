@@ -1,6 +1,7 @@
 """docs/format.md says what the code does: its tables, and its worked examples decoded from the bytes as printed."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_documents_name_commands_and_options_that_exist(name):
         command = words[: 2 if words[0] == "runtime" else 1]
         options = {w for w in words if re.fullmatch(r"--?[a-z][a-z-]*", w)}
         assert options <= options_of(command), words
+
+
+def test_the_quickstart_says_how_it_is_used():
+    script = ROOT / "scripts" / "quickstart"
+    done = subprocess.run([script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "scripts/quickstart [PROMPT]" in done.stdout
+    done = subprocess.run([script, "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--fast" in done.stderr
 
 
 def test_the_quickstart_uses_commands_and_options_that_exist():

@@ -197,3 +197,31 @@ def test_bytes_do_not_depend_on_the_number_of_threads():
     assert results[0].data.shape == (600, 25)
     np.testing.assert_array_equal(results[0].data, results[1].data)
     assert results[0].loss == results[1].loss
+
+
+@pytest.mark.parametrize("finished", [(), ("q",), ("q", "v"), ("o",), ("q", "k", "v"), ("q", "k", "v", "o", "up")])
+def test_what_a_gpu_encodes_together_does_not_depend_on_what_is_finished(finished, monkeypatch):
+    """The last bits of a product depend on its shape: a conversion that goes on makes the products that it would have
+    made."""
+    from types import SimpleNamespace
+
+    from athena_gguf.encode import layer
+
+    monkeypatch.setattr(layer, "GPU_PIECE", 10 * 64)
+    rows = {"q": 4, "k": 2, "v": 2, "o": 3, "up": 20}
+    kinds = {"q": "A3", "k": "A3", "v": "A3", "o": "A4", "up": "A3"}
+    tensors = [
+        SimpleNamespace(name=n, columns=64, n_elements=64 * r, to_torch=lambda device, r=r: torch.zeros(r, 64))
+        for n, r in rows.items()
+    ]
+    made = []
+
+    def submit_together(weights, metric, kind):
+        made.append((kind.name, [len(weight) for weight in weights]))
+        return lambda: [f"{kind.name} {len(weight)}" for weight in weights]
+
+    pool = SimpleNamespace(gpu=True, threads=1, options=EncodeOptions(), submit_together=submit_together)
+    found = dict(layer.encode_layer(pool, torch.eye(64), tensors, kinds, "cpu", finished=finished))
+    assert found == {n: f"{kinds[n]} {rows[n]}" for n in rows if n not in finished}
+    whole = [("A3", [4, 2, 2], {"q", "k", "v"}), ("A3", [20], {"up"}), ("A4", [3], {"o"})]
+    assert made == [(kind, those) for kind, those, names in whole if names - set(finished)]

@@ -1,6 +1,7 @@
 """`eval` and `run` with the built runtime, against what is known of the numbers."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import tiny_model as tiny
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import A3
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
-from athena_gguf.report.evaluate import evaluate, parse_statistics
+from athena_gguf.report.evaluate import evaluate, parse_statistics, print_evaluation
 from athena_gguf.runtime import completion
 
 
@@ -88,10 +89,20 @@ def test_text_too_short(runtime, tiny_base, tmp_path):
     with pytest.raises(AthenaError, match="at least 1024 tokens"):
         evaluate(tiny_base, tiny_base, short, windows=1)
     short.write_text("the sea " * 130)  # bytes enough, but not tokens
-    with pytest.raises(AthenaError, match="at least 1024 tokens"):
+    with pytest.raises(AthenaError, match=r"short\.txt: evaluation needs at least 1024 tokens"):
         evaluate(tiny_base, tiny_base, short, windows=1)
     with pytest.raises(AthenaError, match=r"absent\.txt"):
         evaluate(tiny_base, tiny_base, tmp_path / "absent.txt", windows=1)
+
+
+def test_text_shorter_than_asked_for(runtime, tiny_base, text, tmp_path, capfd):
+    few = evaluate(tiny_base, tiny_base, text, windows=2, threads=2)
+    assert few.windows == 2 and "asked for" not in capfd.readouterr().err
+    many = 100_000
+    print_evaluation(tiny_base, tiny_base, text, many, None, 2, False)
+    said = capfd.readouterr()
+    found = int(re.search(rf"windows +(\d+) \({many} asked for\)", said.out)[1])
+    assert 2 < found < many and f"warning: {text} has only {found} windows of 512 tokens, {many} were" in said.err
 
 
 def test_no_room_for_logits(runtime, tiny_base, text, tmp_path, monkeypatch):

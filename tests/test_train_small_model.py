@@ -86,23 +86,43 @@ def test_loss_and_gradients_are_those_of_the_formula(chunk):
     torch.testing.assert_close(got, torch.autograd.grad(2 * plain, (hidden, head)))
 
 
-def test_a_run_ends_with_the_clock_and_a_model_that_knows_the_text(folder, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "text"
-    text.write_text("\0".join(tiny_model.words(300, seed) for seed in range(40)))
-    out = tmp_path / "student"
-    options = ["--hidden", "64", "--heads", "2", "--length", "32", "--batch", "4", "--rate", "3e-3", "--warm-up", "5"]
-    options += ["--held-out", "8", "--sample", "8", "--separator", "</s>", "--seconds", "6", "--eager"]
-    options += ["--text", "0.9"]
-    monkeypatch.setattr("sys.argv", ["train", str(folder), str(out), str(text), *options])
-    monkeypatch.setattr(train_small_model, "STARTED", time.monotonic())
-    monkeypatch.setattr(train_small_model, "SAVING", 0.0)
-    train_small_model.main()
-    said = capsys.readouterr().out
+@pytest.fixture
+def train(folder, tmp_path, monkeypatch, capsys):
+    """Runs the program with more options; what it says, and the folder of the model."""
+
+    def run(*more):
+        text, out = tmp_path / "text", tmp_path / "student"
+        text.write_text("\0".join(tiny_model.words(300, seed) for seed in range(40)))
+        options = ["--hidden", "64", "--heads", "2", "--length", "32", "--batch", "4", "--rate", "3e-3"]
+        options += ["--sample", "8", "--separator", "</s>", "--eager", "--text", "0.9"]
+        monkeypatch.setattr("sys.argv", ["train", str(folder), str(out), str(text), *options, *more])
+        monkeypatch.setattr(train_small_model, "STARTED", time.monotonic())
+        monkeypatch.setattr(train_small_model, "SAVING", 0.0)
+        train_small_model.main()
+        return capsys.readouterr().out, out
+
+    return run
+
+
+def test_a_run_ends_with_the_clock_and_a_model_that_knows_the_text(train):
+    said, out = train("--warm-up", "5", "--held-out", "8", "--seconds", "6")
     before, after = (float(value) for value in re.findall(r"held-out cross entropy ([\d.]+)", said))
     assert before == pytest.approx(math.log(320), abs=0.3) and after < before - 1
     student = AutoModelForCausalLM.from_pretrained(out)
     assert (student.config.hidden_size, student.config.num_attention_heads) == (64, 2)
     assert student.dtype == torch.bfloat16 and (out / "tokenizer.json").exists()
+
+
+def test_neither_warm_up_nor_validation(train):
+    said, out = train("--warm-up", "0", "--held-out", "0", "--seconds", "1.5")
+    assert "held-out" not in said and "step 1: " in said and "rate 3.00e-03" in said and out.is_dir()
+
+
+@pytest.mark.parametrize("option", ["--batch", "--length", "--chunk", "--sample", "--warm-up", "--held-out"])
+def test_numbers_that_cannot_be_are_refused(option, train, capsys):
+    with pytest.raises(SystemExit):
+        train(option, "-1")
+    assert f"argument {option}: -1 is less than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hidden,heads,layers", [(256, 4, 2), (128, 5, 2), (128, 3, 2), (128, 4, 3)])

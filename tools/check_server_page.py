@@ -11,18 +11,16 @@ and Selenium (pip install selenium).
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from check_runs import free_port, running
+from check_runs import free_port, post, running
 
 # nothing but the page is fetched, and the user's own browser is not touched
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1000,760"]
@@ -30,12 +28,9 @@ BROWSER += ["--disable-background-networking", "--disable-component-update", "--
 ANSWER, WORKING = "[aria-label='Assistant message with actions']", "[aria-label='Stop generation']"
 
 
-def over_http(address: str, question: str, tokens: int) -> str:
+def over_http(port: int, question: str, tokens: int) -> str:
     request = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens}
-    header = {"Content-Type": "application/json"}
-    target = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(request).encode(), header)
-    with urllib.request.urlopen(target) as reply:
-        return str(json.load(reply)["choices"][0]["message"]["content"])
+    return str(post(port, "/v1/chat/completions", request)["choices"][0]["message"]["content"])
 
 
 @contextmanager
@@ -100,12 +95,11 @@ def main() -> int:
     from athena_gguf.runtime import binary
 
     port = free_port()
-    address = f"http://127.0.0.1:{port}"
     command = [binary("llama-server"), "-m", args.model, "--host", "127.0.0.1", "--port", port, "-c", 2048]
     command += ["-t", args.threads, "-n", args.tokens, "--temp", 0]
     with running(command, port, "/health"):
-        expected = over_http(address, args.question, args.tokens)
-        shown = on_page(address, args.question, expected, args.seconds, args.screenshot)
+        expected = over_http(port, args.question, args.tokens)
+        shown = on_page(f"http://127.0.0.1:{port}", args.question, expected, args.seconds, args.screenshot)
     good = same(expected, shown)
     print(f"asked: {args.question}\nserver: {expected}\npage: {' | '.join(shown.splitlines())}")
     print("the page shows the server's answer" if good else "WRONG: the page does not show the server's answer")

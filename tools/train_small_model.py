@@ -22,6 +22,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,9 @@ class Training:
 
     @torch.no_grad()
     def validate(self, name: str) -> None:
+        """Say the losses of the windows held out, if there are any."""
+        if not len(self.held):
+            return
         batches = [b for b in self.held.split(self.options.batch) if len(b) == self.options.batch] or [self.held]
         with torch.compiler.set_stance("force_eager"):  # a few batches do not repay a compilation without gradients
             found = torch.stack([torch.stack(self.losses(batch)) for batch in batches]).mean(0).tolist()
@@ -322,7 +326,8 @@ class Training:
             if steps == options.warm_up:  # what was compiled on the way is no part of the schedule
                 first = now
             part = (now - first) / (until - first) if steps >= options.warm_up else 0.0
-            rate = options.rate * (0.5 * (1 + math.cos(math.pi * part)) * min(1.0, (steps + 1) / options.warm_up))
+            rising = min(1.0, (steps + 1) / max(1, options.warm_up))
+            rate = options.rate * 0.5 * (1 + math.cos(math.pi * part)) * rising
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, kl, entropy = self.losses(self.batch())
@@ -359,6 +364,17 @@ def save(student: Any, teacher_folder: Path, out: Path) -> None:
     temporary.rename(out)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse makes a number of."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
@@ -369,16 +385,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, help="attention heads (default: the teacher's)")
     parser.add_argument("--layers", type=int, help="evenly chosen (default: all)")
     parser.add_argument("--seconds", type=float, default=300.0, help="for everything, from the start of the program")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--batch", type=int, default=32, help="windows a step")
+    parser.add_argument("--length", type=at_least(1), default=1024, help="tokens of a window")
+    parser.add_argument("--batch", type=at_least(1), default=32, help="windows a step")
     parser.add_argument("--rate", type=float, default=5e-4, help="highest learning rate")
-    parser.add_argument("--warm-up", type=int, default=50, help="steps")
+    parser.add_argument("--warm-up", type=at_least(0), default=50, help="steps")
     parser.add_argument(
         "--text", type=float, default=0.1, help="weight of the cross entropy; 1 less it is the teacher's"
     )
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at a time")
-    parser.add_argument("--sample", type=int, default=128, help="windows for the principal components")
-    parser.add_argument("--held-out", type=int, default=128, help="windows for validation")
+    parser.add_argument("--chunk", type=at_least(1), default=8192, help="tokens whose logits are held at a time")
+    parser.add_argument("--sample", type=at_least(1), default=128, help="windows for the principal components")
+    parser.add_argument("--held-out", type=at_least(0), default=128, help="windows for validation (0: none)")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

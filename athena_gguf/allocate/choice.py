@@ -55,26 +55,39 @@ def choose_types(base_path: Path, plan: Plan, losses: Losses, target: Target, me
     `metadata`: what the file will hold beside the base file's, which counts for its size. Raises AthenaError saying
     the limits if no choice is as small, or none as large as the target.
     """
-    names = [name for name in plan.shapes if name in plan.free]
-    kinds = [candidates(plan, name) for name in names]
     with GGUFFile(base_path) as base:
-        # Bits a weight are those of tensors alone; in a file they are filled up to its alignment.
-        alignment = 1 if target.bpw is not None else base.alignment
-        sizes = [
-            [_padded(tensor_bytes(base.tensors[name], kind), alignment) for kind in of]
-            for name, of in zip(names, kinds, strict=True)
-        ]
-        fixed, budget, limits = _budget(base, plan, target, metadata, sum(of[-1] for of in sizes))
-    losses_of = [[losses[name][kind] for kind in of] for name, of in zip(names, kinds, strict=True)]
-    smallest, largest = (fixed + sum(pick(of) for of in sizes) for pick in (min, max))
+        sizes, room = sizes_and_room(base, plan, target, metadata)
+    losses_of = [[losses[name][kind] for kind in of] for name, of in sizes.items()]
+    chosen = choose([list(of.values()) for of in sizes.values()], losses_of, room)
+    assert chosen is not None  # the smallest of all types fit
+    for (name, of), at in zip(sizes.items(), chosen, strict=True):
+        plan.set_type(name, list(of)[at])
+
+
+def sizes_and_room(
+    base: GGUFFile, plan: Plan, target: Target, metadata: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, int]], int]:
+    """Bytes of every free tensor of `plan` in each of its candidate types, and what the chosen ones may take together.
+
+    Needs no more than the header of `base`, so that a target that cannot be is refused before any work. Raises as
+    `choose_types`.
+    """
+    # Bits a weight are those of tensors alone; in a file they are filled up to its alignment.
+    alignment = 1 if target.bpw is not None else base.alignment
+    sizes = {
+        name: {kind: _padded(tensor_bytes(base.tensors[name], kind), alignment) for kind in candidates(plan, name)}
+        for name in plan.shapes
+        if name in plan.free
+    }
+    stored = sum(of[plan.stored[name]] for name, of in sizes.items())
+    fixed, budget, limits = _budget(base, plan, target, metadata, stored)
+    smallest, largest = (fixed + sum(pick(of.values()) for of in sizes.values()) for pick in (min, max))
     possible = f"possible is {limits(smallest, largest)} (all as in the base file)"
     if budget > largest:
         raise AthenaError(f"{target.option}: {target.name} is more than this model can use; {possible}")
-    chosen = choose(sizes, losses_of, budget - fixed)
-    if chosen is None:
+    if budget < smallest:
         raise AthenaError(f"{target.option}: {target.name} is too small for this model; {possible}")
-    for name, of, at in zip(names, kinds, chosen, strict=True):
-        plan.set_type(name, of[at])
+    return sizes, budget - fixed
 
 
 def _padded(size: int, alignment: int) -> int:
@@ -97,7 +110,7 @@ def _budget(
             int(target.bpw * weights / 8),
             lambda a, b: f"{8 * a / weights:.3f} to {8 * b / weights:.3f} bits a weight",
         )
-    fixed = result_bytes(base.path, changed, metadata, file_type=0) - stored
+    fixed = result_bytes(base, changed, metadata, file_type=0) - stored
     mib = 2**20
     if target.memory is None:
         assert target.size is not None

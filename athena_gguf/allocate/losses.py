@@ -17,6 +17,7 @@ experts some are looked at, each with its own H, drawn by their share of mean_t 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,16 +171,18 @@ def _sensitivities(base: GGUFFile, plan: Plan, inputs: list[LayerInput], lookup:
     from athena_gguf.plan import EMBEDDINGS
 
     found: dict[str, _Sensitivity] = {}
-    loss = weights = 0.0
+    measured: list[float] = []
+    weights = 0
     for c in inputs:
         for name, square in zip(c.tensor_names, c.gradient_squares, strict=True):
             if name not in plan.shapes:
                 continue
             powers = _powers(base.tensors[name].flat)
             found[name] = _Sensitivity(square / 2 / len(powers), 0.0, powers)
-            loss += found[name].output * powers.sum() * c.mean_diagonal
+            measured.append(found[name].output * powers.sum() * c.mean_diagonal)
             weights += plan.elements(name)
-    average = loss / weights if weights else 1.0
+    # Inputs come in another order where they were measured before; the exact sum has none.
+    average = math.fsum(measured) / weights if weights else 1.0
     for name, shape in plan.shapes.items():
         looked_up = name in EMBEDDINGS and name != "output.weight"
         if name in found and not looked_up:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import UsageError
 from athena_gguf.format import TYPES
 
 # Bits a weight over all tensors.
@@ -15,6 +15,8 @@ PRESETS = {"tiny": 2.5, "small": 3.0, "medium": 3.5, "large": 4.25, "best": 5.5}
 CONTEXT = 4096  # tokens of the KV cache that --fit-memory makes room for by default
 BATCH = 512  # tokens that llama.cpp computes at a time
 PROGRAM = 128 << 20  # bytes for the program, its libraries and the tokenizer
+
+_PLAIN = 100_000  # bytes: a smaller number without a unit has lost it
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
@@ -43,19 +45,19 @@ def parse_target(
     context: int | None = None,
     preset: str | None = None,
 ) -> Target | None:
-    """The target that the options ask for, None if none of them was given. Raises AthenaError for more than one, or a
+    """The target that the options ask for, None if none of them was given. Raises UsageError for more than one, or a
     value that means nothing."""
     given = {"--bpw": bpw, "--size": size, "--fit-memory": fit_memory, "--preset": preset}
     chosen = [option for option, value in given.items() if value is not None]
     if len(chosen) > 1:
-        raise AthenaError(f"{' and '.join(chosen)} exclude each other; give one of them")
+        raise UsageError(f"{' and '.join(chosen)} exclude each other; give one of them")
     if context is not None and fit_memory is None:
-        raise AthenaError("--context says how large the KV cache of --fit-memory is; give both")
+        raise UsageError("--context says how large the KV cache of --fit-memory is; give both")
     if context is not None and context < 1:
-        raise AthenaError(f"--context {context}: give a number of tokens")
+        raise UsageError(f"--context {context}: give a number of tokens")
     if bpw is not None:
         if not 0 < bpw < 64:
-            raise AthenaError(f"--bpw {bpw}: give bits a weight, such as 3.4")
+            raise UsageError(f"--bpw {bpw}: give bits a weight, such as 3.4")
         return Target("--bpw", f"{bpw:g} bits a weight", bpw=bpw)
     if size is not None:
         return Target("--size", f"file of {size}", size=parse_bytes("--size", size))
@@ -69,14 +71,14 @@ def parse_target(
         )
     if preset is not None:
         if preset not in PRESETS:
-            raise AthenaError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+            raise UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
         return Target("--preset", f"preset {preset}", bpw=PRESETS[preset])
     return None
 
 
 def target_settings(name: str) -> dict[str, Any]:
     """The settings of a conversion that a short name asks for: a type (A3), a preset (small), bits a weight over all
-    (3.4bpw) or the size of the file (71MiB). Raises AthenaError for anything else."""
+    (3.4bpw) or the size of the file (71MiB). Raises UsageError for anything else."""
     if name.upper() in TYPES:
         return {"type": name.upper()}
     if name in PRESETS:
@@ -85,8 +87,8 @@ def target_settings(name: str) -> dict[str, Any]:
         return {"bpw": float(match[1])}
     try:
         parse_bytes("", name)
-    except AthenaError:
-        raise AthenaError(
+    except UsageError:
+        raise UsageError(
             f"target {name}: give a type ({', '.join(TYPES)}), a preset ({', '.join(PRESETS)}), bits a weight such as "
             "3.4bpw, or a size such as 5.5GiB"
         ) from None
@@ -94,11 +96,14 @@ def target_settings(name: str) -> dict[str, Any]:
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """`5.5GiB` (1024^3), `5.5GB` (1000^3), other letters alike, or plain bytes, as a number of bytes."""
+    """`5.5GiB` (1024^3), `5.5GB` (1000^3), other letters alike, or plain bytes, as a number of bytes. Raises UsageError
+    naming the `option` for anything else, and for so few plain bytes that a unit must be missing."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([A-Za-z]*)", text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units or not float(match[1]):
-        raise AthenaError(f"{option} {text}: give a size such as 5.5GiB, 800MiB, 6GB or a number of bytes")
+        raise UsageError(f"{option} {text}: give a size such as 5.5GiB, 800MiB, 6GB or a number of bytes")
+    if not match[2] and float(match[1]) < _PLAIN:
+        raise UsageError(f"{option} {match[1]}: {match[1]} bytes? say {match[1]}GiB or {match[1]}MiB")
     return int(float(match[1]) * units[match[2].lower()])
 
 

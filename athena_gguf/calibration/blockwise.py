@@ -10,7 +10,7 @@ on by processes of their own (athena_gguf.calibration.remote).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf.calibration.curvature import (
@@ -25,6 +25,7 @@ from athena_gguf.calibration.curvature import (
 )
 from athena_gguf.calibration.precision import measuring
 from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.gpu import refused, repeatable, warn
 from athena_gguf.model import LinearLayer
 from athena_gguf.model.blocks import BlockModel
 
@@ -50,6 +51,7 @@ class Passes:
     ) -> None:
         self.blocks, self.advance, self.tokens = first.blocks.blocks, advance, tokens
         self.parts: list[Part] = [first, *others]
+        self.device = first.blocks.device
         self.share = self.tokens / (3 * len(self.blocks))  # of the work, without the output
         self.threads = ThreadPoolExecutor(len(self.parts), "device")
 
@@ -57,7 +59,9 @@ class Passes:
         """What `work` gives for every part, done by all devices at once."""
         if len(self.parts) == 1:
             return [work(self.parts[0])]
-        return list(self.threads.map(work, self.parts))
+        done = [self.threads.submit(work, part) for part in self.parts]
+        wait(done)
+        return [one.result() for one in done]
 
     def close(self) -> None:
         """Wait until no device is at work, as after an error on one of them others may be."""
@@ -65,7 +69,7 @@ class Passes:
 
     def forward(self) -> None:
         """Every block's input, put away."""
-        with measuring():
+        with measuring(self.device):
             self._on_all(lambda part: part.begin())
             for index in range(len(self.blocks)):
                 self._on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
@@ -88,7 +92,7 @@ class Passes:
         for index in (_NO_BLOCK, *reversed(range(len(self.blocks)))):
             pause()
             those = by_block.get(index, [])
-            with measuring():
+            with measuring(self.device):
                 if index == _NO_BLOCK:
                     first, *others = self._on_all(lambda part, of=those: part.output(of))  # type: ignore[misc]
                 else:
@@ -106,6 +110,10 @@ class Passes:
 _NO_BLOCK = -1
 
 
+class _Refused(Exception):
+    """An operation of a block is not `repeatable`; nothing was taken from the shelf."""
+
+
 class Part(Protocol):
     """One device and its share of the windows. What `output` and `backward` give is to be added to the collector that
     the first device's give."""
@@ -120,7 +128,8 @@ class Part(Protocol):
         """From the last block's output to the loss and back."""
 
     def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector | Sums:
-        """From the gradient at a block's output to that at its input."""
+        """From the gradient at a block's output to that at its input, the same bits every time if the model's
+        operations allow it."""
 
     def end(self) -> float:
         """From the first block's input to the embeddings: the sum of the squares that `Lookup` is the mean of."""
@@ -141,6 +150,7 @@ class LocalPart:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
         self.probe = self.batches[0][:1, :8]
+        self.repeats = True
 
     def _collector(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> Collector:
         """Of these layers in this device's copy of the model."""
@@ -190,14 +200,32 @@ class LocalPart:
         return collector
 
     def backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector:
+        if self.repeats:
+            try:
+                with repeatable():
+                    return self._backward(index, layers)
+            except _Refused as error:
+                self.repeats = False
+                warn(error)
+        return self._backward(index, layers)
+
+    def _backward(self, index: int, layers: Sequence[LinearLayer]) -> Collector:
+        """Raises `_Refused`."""
         blocks, shelf = self.blocks, self.shelf
         with blocks.loaded(index):
             collector = self._collector(layers, lambda: blocks.run(index, self.small))
             with collector:
                 for b in range(len(self.batches)):
                     collector.clear()
-                    x = shelf.take((index, b)).requires_grad_(True)
-                    blocks.run(index, x).backward(shelf.take(("gradient", b)))
+                    x, gradient = shelf.take((index, b)), shelf.take(("gradient", b))
+                    try:
+                        blocks.run(index, x.requires_grad_(True)).backward(gradient)
+                    except RuntimeError as error:
+                        if b or not refused(error):
+                            raise
+                        shelf.put((index, b), x)
+                        shelf.put(("gradient", b), gradient)
+                        raise _Refused(error) from error
                     assert x.grad is not None
                     shelf.put(("gradient", b), x.grad)
         return collector
@@ -219,5 +247,10 @@ def most_windows(length: int) -> int:
 
 
 def largest_batch(windows: torch.Tensor, budget: int, per_window: int) -> int:
-    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one."""
-    return max(1, min(most_windows(windows.shape[1]), len(windows), budget // max(1, per_window)))
+    """Windows of a batch so that `per_window` bytes of each fit a budget; at least one.
+
+    A power of two where the budget says it, as a GPU's free memory differs a little from one run to the next, and with
+    the number the last bits of the sums.
+    """
+    fit = 1 << (max(1, budget // max(1, per_window)).bit_length() - 1)
+    return max(1, min(most_windows(windows.shape[1]), len(windows), fit))

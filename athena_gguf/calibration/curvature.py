@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.gpu import mixed
 from athena_gguf.model import LinearLayer
 from athena_gguf.model.experts import ExpertLayers, Watcher, watched
 
@@ -130,12 +131,26 @@ class _Input:
 
     def add(self) -> None:
         u = self.weigh(self.names, self.norms)
-        x = self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None]
-        self.sum_xx.addmm_(x.T, x)
+        add_products(self.sum_xx, self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None])
         self.sum_u += u.double().sum()
         self.sum_uu += u.double().square().sum()
         self.tokens += u.numel()
         self.clear()
+
+
+def add_products(total: torch.Tensor, x: torch.Tensor) -> None:
+    """To `total` [columns, columns], the sum over tokens of x_t x_t^T, `x` [tokens, columns] float32.
+
+    On a GPU x is rounded to bfloat16, the products are added up in float32. That is the sum for inputs that are off by
+    up to 1/256 of themselves: a positive semidefinite matrix, whose errors are far below the damping.
+    """
+    import torch
+
+    if mixed(x.device):
+        x = x.bfloat16()
+        torch.addmm(total, x.T, x, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(x.T, x)
 
 
 class _ExpertInputs:

@@ -31,8 +31,8 @@ def open_there(card: Card, model_dir: Path, dtype: torch.dtype, resident: int) -
 
 class RemotePart:
     """A `Part` in the process of a card on which the model was opened: its share `windows`, taken `batch` at a time.
-    `room`, `host`: bytes of its shelf on the device and in host memory; beyond it writes to `folder`, once
-    `before_files` has returned. Close it."""
+    `room`, `host`: bytes of its shelf on the device and in host memory; beyond it writes to `folder`, once `disk` has
+    returned, with the bytes of host memory that have become free (as `Shelf`'s). Close it."""
 
     def __init__(
         self,
@@ -42,19 +42,18 @@ class RemotePart:
         room: int,
         host: int,
         folder: Path,
-        before_files: Callable[[], None] = lambda: None,
+        disk: Callable[[], int] = lambda: 0,
     ) -> None:
         self.card, self.folder = card, folder
         card.call(_start, windows.contiguous(), batch, room, host, folder)
-        Thread(target=self._allow_files, args=(before_files,), daemon=True).start()
+        Thread(target=self._allow_files, args=(disk,), daemon=True).start()
 
-    def _allow_files(self, before_files: Callable[[], None]) -> None:
-        allowed = False
+    def _allow_files(self, disk: Callable[[], int]) -> None:
+        freed = None
         with suppress(CancelledError):
-            before_files()
-            allowed = True
+            freed = disk()
         with suppress(AthenaError):  # the process has ended, as the next step says
-            self.card.call(_files, allowed)
+            self.card.call(_files, freed)
 
     def begin(self) -> None:
         self.card.call(_step, "begin")
@@ -80,17 +79,19 @@ class RemotePart:
 @dataclass
 class _Measuring:
     """What the process holds for these steps. `files` is set once it is decided whether they may be written: they may
-    if `allowed`."""
+    if `freed` is a number, of bytes of host memory that have become free and are not given to the shelf yet."""
 
     blocks: BlockModel
     part: LocalPart | None = None
     files: Event = field(default_factory=Event)
-    allowed: bool = False
+    freed: int | None = None
 
-    def before_files(self) -> None:
+    def disk(self) -> int:
         self.files.wait()
-        if not self.allowed:
+        if self.freed is None:
             raise CancelledError
+        freed, self.freed = self.freed, 0
+        return freed
 
 
 def _open(here: Here, model_dir: Path, dtype: torch.dtype, resident: int) -> bool:
@@ -107,13 +108,13 @@ def _start(here: Here, windows: torch.Tensor, batch: int, room: int, host: int, 
     from athena_gguf.calibration.shelf import Shelf
 
     held: _Measuring = here.held[_Measuring]
-    shelf = Shelf(here.device, room, host, folder, held.before_files)
+    shelf = Shelf(here.device, room, host, folder, held.disk)
     held.part = LocalPart(held.blocks, shelf, windows, batch)
 
 
-def _files(here: Here, allowed: bool) -> None:
+def _files(here: Here, freed: int | None) -> None:
     if (held := here.held.get(_Measuring)) is not None:
-        held.allowed = allowed
+        held.freed = freed
         held.files.set()
 
 
@@ -124,7 +125,7 @@ def _step(here: Here, step: str, *args: Any) -> Any:
 
     if here.device.type == "cuda":
         torch.cuda.ipc_collect()  # sums of the block before, which the first process has let go of
-    with measuring():
+    with measuring(here.device):
         return getattr(here.held[_Measuring].part, step)(*args)
 
 

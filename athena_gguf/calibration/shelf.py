@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Shelf:
     """Holds tensors by key on `device` up to `device_bytes`, then in host memory up to `host_bytes`, then in files in
     `folder`, which nobody else writes to. What is taken makes room again. `disk` is called before anything is written
-    to a file."""
+    to a file, and gives the bytes of host memory that have become free for this."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class Shelf:
         device_bytes: int,
         host_bytes: int,
         folder: Path,
-        disk: Callable[[], None] = lambda: None,
+        disk: Callable[[], int] = lambda: 0,
     ) -> None:
         self.device, self.folder, self.disk = device, folder, disk
         self.room = {"device": device_bytes, "host": host_bytes}
@@ -38,13 +38,15 @@ class Shelf:
 
         assert key not in self.held
         tensor = tensor.detach()
-        place = next((p for p in ("device", "host") if tensor.nbytes <= self.room[p]), "file")
+        place = self._place(tensor.nbytes)
+        if place == "file":
+            self.room["host"] += self.disk()
+            place = self._place(tensor.nbytes)
         if place == "device":
             self.held[key] = place, tensor
         elif place == "host":
             self.held[key] = place, tensor.cpu()
         else:
-            self.disk()
             self.folder.mkdir(exist_ok=True)
             require_space(self.folder, tensor.nbytes, "what the calibration cannot hold in memory")
             path = self.folder / f"{self.files}.safetensors"
@@ -54,6 +56,9 @@ class Shelf:
             self.held[key] = place, path
         if place != "file":
             self.room[place] -= tensor.nbytes
+
+    def _place(self, size: int) -> str:
+        return next((place for place in ("device", "host") if size <= self.room[place]), "file")
 
     def take(self, key: Hashable) -> torch.Tensor:
         """The tensor, on the device, and no longer here."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
@@ -69,12 +69,21 @@ def wake(devices: Sequence[torch.device], gpu_memory: int | None) -> None:
     """Have GPUs ready for work, which takes some tenths of a second each. torch takes `gpu_memory` there at most."""
     import torch
 
+    from athena_gguf.gpu import prepare_to_repeat
+
+    if devices[0].type == "cuda":
+        prepare_to_repeat()
     for device in devices:
         if device.type == "cuda":
             if gpu_memory:
                 _, whole = torch.cuda.mem_get_info(device)
                 torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
             torch.linalg.cholesky(torch.eye(2, device=device))  # threads that use it first at the same time fail
+
+
+def _given_once(before: Callable[[], None], amounts: Iterator[int]) -> int:
+    before()
+    return next(amounts, 0)
 
 
 @dataclass
@@ -131,9 +140,13 @@ class Stage:
 
     @cached_property
     def memory(self) -> Memory:
-        """As it is when it is first asked for."""
-        found = Memory.of(self.devices, *self.options.memory)
-        return replace(found, host=max(0, found.host - self.taken))
+        """As it is when it is first asked for; of the host's, the base file takes `taken` until it is complete."""
+        return Memory.of(self.devices, *self.options.memory)
+
+    @property
+    def _host(self) -> int:
+        """Bytes of the host's memory that are left for the calibration now."""
+        return max(0, self.memory.host - self.taken)
 
     @cached_property
     def _key(self) -> str:
@@ -187,6 +200,7 @@ class Stage:
         what went wrong with it."""
         if self.beside is None:
             return
+        self.taken = 0
         self.beside.disk.set()
         with self.timed("curvature"):
             self.beside.opened.result()
@@ -280,13 +294,18 @@ class Stage:
 
         from athena_gguf.calibration import measure_curvature
         from athena_gguf.calibration.precision import measuring
+        from athena_gguf.gpu import repeated
         from athena_gguf.model import load_model
 
         model = load_model(self.model_dir, self.device, torch.float32)
         layers = self._layers(model, lambda layer, which: layer.module.weight[..., which])
         batch = 2 if self.device.type == "cpu" else 16
-        with measuring():
-            return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
+
+        def measured() -> list[Curvature]:
+            with measuring(self.device):
+                return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
+
+        return repeated(measured)
 
     def _blocks(self) -> BlockModel | None:
         """The model to run block by block, opened by every card too. None to run it whole, which is faster on a CPU
@@ -297,13 +316,12 @@ class Stage:
         from athena_gguf.model.blocks import open_blocks
 
         on_cpu = self.device.type == "cpu"
-        if on_cpu and self._whole_bytes() <= self.memory.host:
+        if on_cpu and self._whole_bytes() <= self._host:
             return None
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
-        room = self.memory.host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1)
-        room = max(0, room)
+        room = max(0, self._host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1))
         with ThreadPoolExecutor(max(1, len(self.cards)), "opening") as threads:
             others = [threads.submit(open_there, card, self.model_dir, dtype, room) for card in self.cards]
             found = open_blocks(self.model_dir, self.device, dtype, room)
@@ -322,16 +340,20 @@ class Stage:
         from athena_gguf.calibration.shelf import Shelf
 
         on_cpu = self.device.type == "cpu"
-        memory = self.memory.host if on_cpu else self.memory.device
+        memory = self._host if on_cpu else self.memory.device
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
         room = max(0, memory - self._working_bytes(batch) - model.resident_bytes)
-        host = 0 if on_cpu else self.memory.host // (1 + len(self.cards))
-        share, *rest = (share for share in windows.tensor_split(1 + len(self.cards)) if len(share))
-        shelf = Shelf(model.device, room, host, self.work / "shelf0", before_files)
+        # What the base file still takes is theirs once it is complete, which `before_files` waits for.
+        host, count = self._host, 1 + len(self.cards)
+        now, later = (0 if on_cpu else part // count for part in (host, self.memory.host - host))
+        share, *rest = (share for share in windows.tensor_split(count) if len(share))
+        disk = partial(_given_once, before_files, iter([later]))
+        shelf = Shelf(model.device, room, now, self.work / "shelf0", disk)
         exits.callback(shelf.close)
         others = []
         for n, (card, part) in enumerate(zip(self.cards, rest, strict=False), 1):
-            others.append(RemotePart(card, part, batch, room, host, self.work / f"shelf{n}", before_files))
+            disk = partial(_given_once, before_files, iter([later]))
+            others.append(RemotePart(card, part, batch, room, now, self.work / f"shelf{n}", disk))
             exits.callback(others[-1].close)
         passes = Passes(LocalPart(model, shelf, share, batch), windows.numel(), advance, others)
         exits.callback(passes.close)
@@ -481,7 +503,7 @@ class Stage:
         import torch
 
         weights = sum(map(self.plan.elements, self.plan.shapes))
-        room = self.memory.host if self.device.type == "cpu" else self.memory.device
+        room = self._host if self.device.type == "cpu" else self.memory.device
         if 5 * weights <= room:
             return torch.float32
         if 2.5 * weights <= room:

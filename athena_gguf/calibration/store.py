@@ -15,7 +15,7 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import remove_all_abandoned
 from athena_gguf.model.trust import MODEL_FILES
 
-METHOD = 6  # raised when the same inputs give another curvature
+METHOD = 7  # raised when the same inputs give another curvature
 
 Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
 
@@ -34,7 +34,10 @@ class Calibration:
         self.lookup = Lookup()
         if _read(folder / "key.json") != {"key": key}:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # said here, as the base file may be at work around this
+                raise AthenaError(f"{folder} cannot be made: {error}") from error
             _write(folder / "key.json", {"key": key})
         remove_all_abandoned(folder)
 

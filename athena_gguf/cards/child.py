@@ -109,6 +109,8 @@ def _begin(start: Start) -> Here:
 
     keep_freed_memory()
     device = torch.device(start.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     wake([device], start.gpu_memory)
     return Here(device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -41,10 +41,12 @@ class CardQueue:
         device: torch.device,
         cards: Sequence[Card],
         overlap: bool,
+        finished: Collection[str] = (),
     ) -> None:
-        self.plan, self.overlap = plan, overlap
-        first = _Local(_Encoder(base, plan.encoded, settings, device, overlap), writer)
-        of = base.path, plan.encoded, settings, overlap, writer.done.folder, writer.done.key
+        """`finished`: tensors that are not encoded again, though `add` names them."""
+        self.plan, self.overlap, self.finished = plan, overlap, finished
+        first = _Local(_Encoder(base, plan.encoded, settings, device, overlap, finished), writer)
+        of = base.path, plan.encoded, settings, overlap, finished, writer.done.folder, writer.done.key
         self.places: list[_Place] = [first, *(_Remote(card, writer, first, *of) for card in cards)]
         self.threads = [ThreadPoolExecutor(2 if overlap else 1, "encode on a card") for _ in self.places]
         self.jobs: list[deque[tuple[float, Future[None]]]] = [deque() for _ in self.places]
@@ -72,7 +74,7 @@ class CardQueue:
             self.jobs[at].popleft()[1].result()
         measured = None if matrix is None else mark(matrix.device)
         *matrices, _, columns = self.plan.shapes[names[0]]  # every expert has a metric of its own
-        weights = sum(self.plan.elements(name) for name in names)
+        weights = sum(self.plan.elements(name) for name in names if name not in self.finished)
         # In proportion to seconds of an H100, of 4,096 and 14,336 columns.
         size = weights * (1 + columns / 6400) + math.prod(matrices) * columns**3 / 84000
         job = self.threads[at].submit(self.places[at].encode, matrix, measured, list(names))
@@ -94,13 +96,19 @@ class _Encoder:
     made ready in another one. What one stream makes for another is kept until that has done its work."""
 
     def __init__(
-        self, base: GGUFFile, kinds: Mapping[str, str], settings: EncodeOptions, device: torch.device, overlap: bool
+        self,
+        base: GGUFFile,
+        kinds: Mapping[str, str],
+        settings: EncodeOptions,
+        device: torch.device,
+        overlap: bool,
+        finished: Collection[str],
     ) -> None:
         import torch
 
         from athena_gguf.encode import EncodePool
 
-        self.base, self.kinds, self.device = base, kinds, device
+        self.base, self.kinds, self.device, self.finished = base, kinds, device, finished
         self.pool = EncodePool(settings, 1, device, own_stream=overlap)
         self.stream = torch.cuda.Stream(device) if overlap else None
 
@@ -124,7 +132,7 @@ class _Encoder:
                 measured.wait()
             # A copy from another device is made in this thread's stream there, and this device's waits for it.
             matrix = None if matrix is None else matrix.to(self.device)
-            yield from encode_layer(self.pool, matrix, tensors, self.kinds, self.device)
+            yield from encode_layer(self.pool, matrix, tensors, self.kinds, self.device, finished=self.finished)
 
 
 class _Place(AbstractContextManager["_Place"], Protocol):
@@ -166,13 +174,14 @@ class _Remote:
         kinds: Mapping[str, str],
         settings: EncodeOptions,
         overlap: bool,
+        finished: Collection[str],
         folder: Path,
         key: str,
     ) -> None:
         import torch
 
         self.card, self.writer, self.first = card, writer, first
-        self.of = base_path, kinds, settings, overlap, folder, key
+        self.of = base_path, kinds, settings, overlap, finished, folder, key
         device = first.encoder.device
         self.stream = torch.cuda.Stream(device) if overlap else None  # from which matrices are sent
         self.starter = ThreadPoolExecutor(1, "start of encoding")
@@ -213,6 +222,7 @@ class _Encoding:
         kinds: Mapping[str, str],
         settings: EncodeOptions,
         overlap: bool,
+        finished: Collection[str],
         folder: Path,
         key: str,
     ) -> None:
@@ -222,7 +232,7 @@ class _Encoding:
         self.kinds, self.stack = kinds, ExitStack()
         self.done = FinishedTensors(folder, key)
         base = self.stack.enter_context(GGUFFile(base_path))
-        self.encoder = _Encoder(base, kinds, settings, device, overlap)
+        self.encoder = _Encoder(base, kinds, settings, device, overlap, finished)
         self.stack.enter_context(short_turns())
         self.stack.enter_context(self.encoder.pool)
         self.disk = self.stack.enter_context(ThreadPoolExecutor(1, "finished tensors"))
@@ -244,10 +254,11 @@ def _start(
     kinds: Mapping[str, str],
     settings: EncodeOptions,
     overlap: bool,
+    finished: Collection[str],
     folder: Path,
     key: str,
 ) -> None:
-    held = _Encoding(here.device, base_path, kinds, settings, overlap, folder, key)
+    held = _Encoding(here.device, base_path, kinds, settings, overlap, finished, folder, key)
     here.held[_Encoding] = held
     held.encoder.pool.workers.submit(held.encoder.make_kernels).result()
 

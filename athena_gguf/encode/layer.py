@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from athena_gguf.encode.experts import encode_experts
@@ -24,25 +24,35 @@ def encode_layer(
     kinds: Mapping[str, str],
     device: torch.device | str,
     first_expert: int = 0,
+    finished: Container[str] = (),
 ) -> Iterator[tuple[str, Encoded]]:
     """Name and encoding of every one of `tensors`: [rows, columns] under the curvature `matrix` [columns, columns] or,
     with None, the identity; [experts, rows, columns] under [experts, columns, columns]. `kinds`: A types by name;
-    `first_expert`: the number of the first, for errors. Raises AthenaError naming the tensor if a curvature is none.
+    `first_expert`: the number of the first, for errors. `finished`: those that are not wanted any more; on a GPU they
+    count where small tensors are encoded together, whose last bits depend on what they are together with. Raises
+    AthenaError naming the tensor if a curvature is none.
     """
+    wanted = [tensor for tensor in tensors if tensor.name not in finished]
     if matrix is not None and matrix.ndim > 2:
-        weights = {tensor.name: tensor.to_torch(device) for tensor in tensors}
-        types = {tensor.name: TYPES[kinds[tensor.name]] for tensor in tensors}
+        weights = {tensor.name: tensor.to_torch(device) for tensor in wanted}
+        types = {tensor.name: TYPES[kinds[tensor.name]] for tensor in wanted}
         yield from encode_experts(pool, weights, types, matrix, pool.options.damping, first_expert).items()
         return
     if pool.gpu:
         metric = layer_metric(matrix, tensors[0].columns, pool.options.damping, tensors[0].name, device, pool.threads)
         for batch in _batches(tensors, kinds):
+            if all(tensor.name in finished for tensor in batch):
+                continue
             on_card = [tensor.to_torch(device) for tensor in batch]
             found = pool.submit_together(on_card, metric, TYPES[kinds[batch[0].name]])
             del on_card
-            yield from zip((tensor.name for tensor in batch), found(), strict=True)
+            yield from (
+                (tensor.name, encoded)
+                for tensor, encoded in zip(batch, found(), strict=True)
+                if tensor.name not in finished
+            )
         return
-    for name, result in list(start_layer(pool, matrix, tensors, kinds)):
+    for name, result in list(start_layer(pool, matrix, wanted, kinds)):
         yield name, result()
 
 

@@ -65,7 +65,7 @@ def encode_tensors(
         if on_gpu:
             from athena_gguf.encode.card_queue import CardQueue
 
-            return CardQueue(plan, base, settings, writer, device, cards, overlap)
+            return CardQueue(plan, base, settings, writer, device, cards, overlap, found)
         return _CpuQueue(plan, base, settings, writer)
 
     with (
@@ -87,11 +87,11 @@ def encode_tensors(
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
         for curvature in calibration.stream(known, queue.pause):
-            names = [name for name in curvature.about.tensor_names if name in needed]
-            if names:
+            names = [name for name in curvature.about.tensor_names if name in plan.encoded]
+            if not needed.isdisjoint(names):
                 with timed("encoding"):
                     advance(0)
-                    queue.add(curvature.matrix, names)
+                    queue.add(curvature.matrix, names if on_gpu else [name for name in names if name in needed])
             del curvature
         absent = sorted(calibration.absent & plan.encoded.keys())
         for name in absent:

@@ -33,14 +33,14 @@ class Replacement:
     data: Callable[[], npt.NDArray[np.uint8]]
 
 
-def result_bytes(
-    base_path: Path | str, kinds: Mapping[str, str], metadata: Mapping[str, Value], *, file_type: int
-) -> int:
-    """The exact size of what `write_quantized` would write, with `kinds` for the types of the tensors that change."""
-    with GGUFFile(base_path) as base:
-        planned = _plan(base, kinds)
-        size = len(_header(base, planned, _changes(metadata, file_type)))
-        return size + sum(item.size + -item.size % base.alignment for item in planned)
+def result_bytes(base: GGUFFile, kinds: Mapping[str, str], metadata: Mapping[str, Value], *, file_type: int) -> int:
+    """The exact size of what `write_quantized` would write, with `kinds` for the types of the tensors that change.
+
+    Needs no more than the header of `base`.
+    """
+    planned = _plan(base, kinds)
+    size = len(_header(base, planned, _changes(metadata, file_type)))
+    return size + sum(item.size + -item.size % base.alignment for item in planned)
 
 
 def tensor_bytes(tensor: Tensor, kind: str) -> int:

@@ -49,8 +49,8 @@ def main() -> int:
         keep_freed_memory()
         made = api.convert(job["model"], job["out"], work_dir=job["work_dir"], **job["settings"])
     except AthenaError as error:
-        progress.error(" ".join(str(error).split()), 1)
-        return 1
+        progress.error(" ".join(str(error).split()), error.exit_code)
+        return error.exit_code
     with open(result, "w", encoding="utf-8") as out:
         json.dump(asdict(made), out)
     return 0

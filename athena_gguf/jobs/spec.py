@@ -13,7 +13,7 @@ from typing import Any
 
 from athena_gguf.allocate import target_settings
 from athena_gguf.conversion import ConvertOptions
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 
 STATE = ".athena-batch"  # folder beside the results: what is known of them, logs, and the default work directories
 _OWN = ("work_dir", "dry_run", "ray")  # settings that the batch itself decides
@@ -51,7 +51,7 @@ class Batch:
 
 
 def read_batch(path: Path) -> Batch:
-    """Raises AthenaError naming the file and the entry that cannot be understood."""
+    """Raises AthenaError if the file cannot be read, UsageError naming it and the entry that cannot be understood."""
     content = _load(path)
     folder = path.absolute().parent
     _known(path, "the file", content, {"out", "work", "settings", "model"})
@@ -60,17 +60,17 @@ def read_batch(path: Path) -> Batch:
     common = _settings(path, "[settings]", content.get("settings", {}), folder)
     models = content.get("model", [])
     if not isinstance(models, list) or not models or not all(isinstance(m, dict) for m in models):
-        raise AthenaError(f"{path}: give each model an entry [[model]] with model = and targets =")
+        raise UsageError(f"{path}: give each model an entry [[model]] with model = and targets =")
     jobs = [job for entry in models for job in _jobs(path, entry, common, folder, out, work)]
     for what in ("name", "out"):
         names = [getattr(job, what) for job in jobs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise AthenaError(f"{path}: two jobs have the {what} {twice}; give one of the models another name =")
+            raise UsageError(f"{path}: two jobs have the {what} {twice}; give one of the models another name =")
     groups = {job.group: job.model for job in jobs}
     for job in jobs:
         if groups[job.group] != job.model:
-            raise AthenaError(f"{path}: two models are called {job.group}; give one of them another name =")
+            raise UsageError(f"{path}: two models are called {job.group}; give one of them another name =")
     return Batch(out, work, "work" in content, tuple(jobs))
 
 
@@ -86,7 +86,7 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise AthenaError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AthenaError(f"{path} is no TOML file: {error}") from error
+        raise UsageError(f"{path} is no TOML file: {error}") from error
 
 
 def _jobs(path: Path, entry: dict[str, Any], common: dict[str, Any], folder: Path, out: Path, work: Path) -> list[Job]:
@@ -99,25 +99,27 @@ def _jobs(path: Path, entry: dict[str, Any], common: dict[str, Any], folder: Pat
     _file_name(path, f"name of {where}", name)
     targets = entry.pop("targets", None)
     if not isinstance(targets, list) or not targets:
-        raise AthenaError(f'{path}: {where} needs targets = [...], such as ["A3", "small", "3.4bpw", "5.5GiB"]')
+        raise UsageError(f'{path}: {where} needs targets = [...], such as ["A3", "small", "3.4bpw", "5.5GiB"]')
     shared = common | _settings(path, where, entry, folder)
     jobs = []
     for target in targets:
         if isinstance(target, str):
             try:
                 file, settings = f"{name}-{target}.gguf", target_settings(target)
-            except AthenaError as error:
-                raise AthenaError(f"{path}: {where}: {error}") from error
+            except UsageError as error:
+                raise UsageError(f"{path}: {where}: {error}") from error
         elif isinstance(target, dict) and "file" in target:
             file = _text(path, f"file of {where}", target["file"])
             _file_name(path, f"file of {where}", file)
             settings = _settings(path, where, {k: v for k, v in target.items() if k != "file"}, folder)
         else:
-            raise AthenaError(
-                f'{path}: {where}: {target!r} is no target; give a text, or {{ file = "NAME.gguf", ... }}'
-            )
+            raise UsageError(f'{path}: {where}: {target!r} is no target; give a text, or {{ file = "NAME.gguf", ... }}')
         settings = shared | settings
         spread = settings.pop("spread", None)
+        try:
+            ConvertOptions(**settings).check()
+        except UsageError as error:
+            raise UsageError(f"{path}: {file} of {where}: {error}") from error
         jobs.append(Job(f"{name}/{file}", name, model, str(out / file), str(work / name), settings, spread))
     return jobs
 
@@ -125,7 +127,7 @@ def _jobs(path: Path, entry: dict[str, Any], common: dict[str, Any], folder: Pat
 def _settings(path: Path, where: str, given: Any, folder: Path) -> dict[str, Any]:
     """Settings by the names of ConvertOptions' fields, with paths made absolute, and `spread` of Job."""
     if not isinstance(given, dict):
-        raise AthenaError(f"{path}: {where} is no table")
+        raise UsageError(f"{path}: {where} is no table")
     found = {key.replace("-", "_"): value for key, value in given.items()}
     hints = typing.get_type_hints(ConvertOptions) | {"spread": bool}
     _known(path, where, found, hints.keys() - set(_OWN))
@@ -133,9 +135,7 @@ def _settings(path: Path, where: str, given: Any, folder: Path) -> dict[str, Any
         found["calibration"] = [found["calibration"]]
     for key, value in found.items():
         if not _fits(value, hints[key]):
-            raise AthenaError(
-                f"{path}: {where}: {key} = {value!r} is of the wrong kind; see athena-gguf convert --help"
-            )
+            raise UsageError(f"{path}: {where}: {key} = {value!r} is of the wrong kind; see athena-gguf convert --help")
     for key in _PATHS:
         if key in found:
             found[key] = str(folder / Path(found[key]).expanduser())
@@ -161,17 +161,15 @@ def _fits(value: Any, hint: Any) -> bool:
 def _known(path: Path, where: str, given: Mapping[str, Any], names: set[str]) -> None:
     unknown = sorted(set(given) - names)
     if unknown:
-        raise AthenaError(
-            f"{path}: {where} has {unknown[0]}, which means nothing; known are {', '.join(sorted(names))}"
-        )
+        raise UsageError(f"{path}: {where} has {unknown[0]}, which means nothing; known are {', '.join(sorted(names))}")
 
 
 def _file_name(path: Path, what: str, value: str) -> None:
     if re.search(r"[/\\]", value) or value.startswith("."):
-        raise AthenaError(f"{path}: {what} = {value!r} is no file name")
+        raise UsageError(f"{path}: {what} = {value!r} is no file name")
 
 
 def _text(path: Path, what: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise AthenaError(f"{path}: {what} must be a text")
+        raise UsageError(f"{path}: {what} must be a text")
     return value

@@ -30,8 +30,6 @@ def check_report(folder: Path | None, text: Path | None) -> None:
     from athena_gguf.runtime import binary
 
     if folder is None:
-        if text is not None:
-            raise AthenaError("--report-text is for the model card of --report; give both")
         return
     plots.require()
     if folder.exists() and not folder.is_dir():

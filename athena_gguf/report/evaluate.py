@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -83,7 +84,7 @@ def evaluate(
     except OSError as error:
         raise AthenaError(f"{text}: {error.strerror}") from error
     if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
-        raise AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
+        raise _too_short(text)
     with GGUFFile(base) as opened:
         base_bpw = bits_per_weight(opened)
         tokens = opened.metadata.get("tokenizer.ggml.tokens")
@@ -101,7 +102,7 @@ def evaluate(
         )
     with tempfile.TemporaryDirectory(prefix="athena-eval-") as scratch:
         logits = base_logits or Path(scratch, "logits")
-        _prepare_logits(logits, make, base, {"text": text_hash, "windows": windows}, size)
+        _prepare_logits(logits, make, base, text, text_hash, windows, size)
         start = time.monotonic()
         compare = [str(perplexity), "-m", str(file), "--kl-divergence", "--kl-divergence-base", str(logits), *common]
         with progress.stage(f"Comparing {file.name}"):
@@ -146,12 +147,21 @@ def print_evaluation(
     print(f"perplexity      {result.ppl:.4f}, base {result.ppl_base:.4f}, ratio {result.ppl_ratio:.4f}")
     print(f"same top token  {100 * result.same_top:.2f}%")
     print(f"size            {result.bytes / 1024**2:.2f} MiB, {result.bpw:.3f} bits a weight")
-    print(f"windows         {result.windows} of {WINDOW} tokens in {result.seconds:.1f} s")
+    asked = f" ({windows} asked for)" if result.windows < windows else ""
+    print(f"windows         {result.windows}{asked} of {WINDOW} tokens in {result.seconds:.1f} s")
 
 
-def _prepare_logits(logits: Path, make: list[str], base: Path, inputs: dict[str, object], size: int) -> None:
-    """Let the base file's logits be in `logits`; a file beside it says what they were made of."""
+def _too_short(text: Path) -> AthenaError:
+    return AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
+
+
+def _prepare_logits(
+    logits: Path, make: list[str], base: Path, text: Path, text_hash: str, windows: int, size: int
+) -> None:
+    """Let the base file's logits of `text` be in `logits`; a file beside it says what they were made of. Says so if the
+    text has fewer windows than asked for."""
     stat = base.stat()
+    inputs = {"text": text_hash, "windows": windows}
     wanted = inputs | {"base": str(base.absolute()), "base_bytes": stat.st_size, "base_mtime_ns": stat.st_mtime_ns}
     stamp = logits.with_name(logits.name + ".json")
     if logits.exists():
@@ -167,8 +177,14 @@ def _prepare_logits(logits: Path, make: list[str], base: Path, inputs: dict[str,
     stamp.unlink(missing_ok=True)
     with temporary_beside(logits) as temporary, progress.stage(f"Logits of {base.name}"):
         said = _run([*make, "--kl-divergence-base", str(temporary)], base)
+        if "you need at least" in said:
+            raise _too_short(text)
         if "Final estimate" not in said:  # the exit code is 0 whatever happens
             raise AthenaError(f"llama-perplexity made no logits of {base}: {complaint(said)}")
+        with open(temporary, "rb") as handle:
+            _, _, found = struct.unpack("<III", handle.read(len(_LOGITS_MAGIC) + 12)[len(_LOGITS_MAGIC) :])
+    if found < windows:
+        progress.note(f"warning: {text} has only {found} windows of {WINDOW} tokens, {windows} were asked for")
     stamp.write_text(json.dumps(wanted))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from athena_gguf import progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.runtime.messages import complaint
 from athena_gguf.runtime.places import binary
@@ -32,13 +32,16 @@ def complete(
 ) -> None:
     """Answer `prompt` with at most `tokens` tokens; through the file's chat template if it has one and not `raw`.
 
-    Raises AthenaError if the runtime is not built, the file is no model, or the tool fails.
+    Raises AthenaError if the runtime is not built, the file is no model, or the tool fails; UsageError for a system
+    prompt without the template.
     """
+    if system is not None and raw:
+        raise UsageError("--system needs the chat template, which --raw leaves out; give one of them")
     tool = binary("llama-completion")
     with GGUFFile(file) as opened:  # its errors are clearer than the tool's
         chat = "tokenizer.chat_template" in opened.fields and not raw
     if system is not None and not chat:
-        raise AthenaError(f"--system needs a chat template, and {file} {'is used without' if raw else 'has none'}")
+        raise AthenaError(f"--system needs a chat template, and {file} has none")
     command = [str(tool), "-m", str(file), "-p", prompt, "-n", str(tokens), "-c", str(context)]
     command += [
         "--temp",

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import AthenaError, UsageError
 from athena_gguf.lock import locked
 from athena_gguf.runtime import archive, patching
 from athena_gguf.runtime.places import patch_dir, resolve
@@ -23,7 +23,7 @@ def source_tree(folder: Path | None = None, *, checkout: Path | None = None, sou
 
     `checkout`: a llama.cpp checkout to take instead of the pinned archive; it is only read. `source`: the pinned
     archive, already downloaded. With neither, a tree that is there stays, whatever it was made from.
-    Raises AthenaError if it cannot be fetched or patched.
+    Raises AthenaError if it cannot be fetched or patched, UsageError if both are given.
     """
     folder = resolve(folder)
     with locked(folder, "--dir"):
@@ -34,6 +34,8 @@ def source_tree(folder: Path | None = None, *, checkout: Path | None = None, sou
 
 def make_tree(folder: Path, checkout: Path | None, source: Path | None) -> tuple[Path, str]:
     """The tree and a fingerprint of what is in it; the caller holds the lock."""
+    if checkout is not None and source is not None:
+        raise UsageError("--llama-cpp and --archive exclude each other; give one of them")
     tree, stamp = folder / "llama.cpp", folder / _STAMP
     ours = patch_dir()
     files = None

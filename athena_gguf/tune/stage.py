@@ -11,16 +11,25 @@ from athena_gguf import progress
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
 from athena_gguf.plan import Plan
-from athena_gguf.tune.train import Quantized, Tuned, TuneOptions, tune
+from athena_gguf.tune.train import Quantized, Tuned, TuneOptions, tune, window_bytes
 
 if TYPE_CHECKING:
     import torch
 
+_WEIGHT = 10  # bytes: in float32 in the original and its copy, and what learns
+
 
 def tune_encoded(
-    model: Any, base: GGUFFile, plan: Plan, encoded: Mapping[str, Any], windows: torch.Tensor, seed: int
+    model: Any,
+    base: GGUFFile,
+    plan: Plan,
+    encoded: Mapping[str, Any],
+    windows: torch.Tensor,
+    seed: int,
+    at_once: int | None = None,
 ) -> Tuned:
-    """Tune what `encode` made of the matrices of `base`; the norms of the result are whole new tensors."""
+    """Tune what `encode` made of the matrices of `base`, `at_once` windows at a time at most; the norms of the result
+    are whole new tensors."""
     from athena_gguf.model.linear import named_layers
 
     def quantized(name: str) -> Quantized | None:
@@ -42,11 +51,23 @@ def tune_encoded(
     matrices[names[id(embeddings)]] = "token_embd.weight"
     options = TuneOptions()
     with progress.bar("tuning scales and norms", options.steps * options.batch) as advance:
-        found = tune(model, matrices, _norms(model, plan, base), quantized, windows, options, seed, advance)
+        found = tune(model, matrices, _norms(model, plan, base), quantized, windows, options, seed, advance, at_once)
     progress.note(f"tuning: KL divergence on text held out {found.before:.4f} -> {found.after:.4f}")
     for name, change in found.norms.items():
         found.norms[name] = base.tensors[name].to_float32() + change
     return found
+
+
+def windows_at_once(plan: Plan, length: int, memory: int) -> int:
+    """Windows of `length` tokens that a GPU with `memory` bytes can learn from at a time, beside the model."""
+    from athena_gguf.plan import block_of
+
+    weights = sum(map(plan.elements, plan.shapes))
+    blocks = len({found[0] for name in plan.shapes if (found := block_of(name))})
+    vocabulary, hidden = plan.shapes["token_embd.weight"]
+    inner = max(shape[-1] for shape in plan.shapes.values())
+    room = memory - _WEIGHT * weights
+    return max(0, room) // window_bytes(length, vocabulary, blocks, hidden, inner)
 
 
 def _norms(model: Any, plan: Plan, base: GGUFFile) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,30 @@ import torch.nn.functional as F
 
 from athena_gguf.format import GROUP, AType, decode_scale, encode_scale, levels, pack_rows, unpack_rows
 
-_SCALES = torch.from_numpy(decode_scale(np.arange(256, dtype=np.uint8)))
+
+@cache
+def _scales(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of scale bytes, and the middles between them."""
+    table = torch.from_numpy(decode_scale(np.arange(256, dtype=np.uint8))).to(device)
+    return table, (table[1:] + table[:-1]) / 2
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
     """The nearest values of scale bytes, as `format.encode_scale` rounds; the gradient passes unchanged."""
-    table = _SCALES.to(scale.device)
+    table, middles = _scales(scale.device)
     with torch.no_grad():
-        middle = (table[1:] + table[:-1]) / 2
-        rounded = table[torch.bucketize(scale, middle)]
+        rounded = table[torch.bucketize(scale, middles)]
     return scale + (rounded - scale).detach()
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """`x @ (levels * scale)^T`; keeps the levels in their bytes for the backward pass instead of decoded weights."""
+    """`x @ (levels * scale)^T`, in the numbers of `x` or of torch's autocast; keeps the levels in their bytes for the
+    backward pass instead of decoded weights."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.save_for_backward(x, levels, scale)
         return F.linear(x, _weight(levels, scale, x.dtype))
 

@@ -4,6 +4,8 @@
 
 #include "llama.h"
 
+#include <setjmp.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,9 +37,21 @@ static void use(struct llama_model * model) {
     llama_free(context);
 }
 
+static jmp_buf out;
+
+// Known, and no read or write out of bounds: llama.cpp ends the program itself where the numbers of a header cannot be,
+// and ggml for a tensor whose number of elements just fits (tests/fuzz/gguf.c). ggml's other assertions are findings.
+static void ended(const char * message) {
+    const bool header = strstr(message, "/src/llama") != NULL && strstr(message, "GGML_ASSERT") != NULL;
+    if (header || strstr(message, "INT64_MAX / ne[i] > current_nelements") != NULL) {
+        longjmp(out, 1);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static int ready = 0;
     if (!ready) {
+        ggml_set_abort_callback(ended);
         llama_log_set(quiet, NULL);
         llama_backend_init();
         ready = 1;
@@ -46,6 +60,10 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (file < 0 || write(file, data, size) != (ssize_t) size) {
         perror("memfd");
         exit(2);
+    }
+    if (setjmp(out)) {
+        close(file);
+        return 0;
     }
     char path[64];
     snprintf(path, sizeof(path), "/proc/self/fd/%d", file);

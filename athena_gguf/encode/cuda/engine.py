@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from athena_gguf.encode.cuda.launch import array, configure, simulated
-from athena_gguf.encode.cuda.products import Halves, halve, mixed
+from athena_gguf.encode.cuda.products import Halves, halve
 from athena_gguf.encode.cuda.scales import ROWS, SHARE, descend, pick, reduce
 from athena_gguf.encode.cuda.search import WARP, SearchShape, rows_of_block, search_kernel, words_of_step
 from athena_gguf.encode.cuda.sweep import settle
@@ -22,6 +22,7 @@ from athena_gguf.encode.scales import (
     scale_table,
 )
 from athena_gguf.format import GROUP, LANES, AType
+from athena_gguf.gpu import mixed
 
 if TYPE_CHECKING:
     import torch

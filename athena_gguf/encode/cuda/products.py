@@ -7,30 +7,15 @@ the three others, added up in float32, are one product over three times the leng
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from athena_gguf.encode.metric import Metric
 from athena_gguf.format import LANES
+from athena_gguf.gpu import mixed
 
 if TYPE_CHECKING:
     import torch
-
-
-@cache
-def mixed(device: torch.device) -> bool:
-    """Whether torch multiplies bfloat16 matrices into float32 there."""
-    import torch
-
-    if device.type != "cuda":
-        return False
-    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-    try:
-        total = torch.addmm(torch.ones(16, 16, device=device), one, one, out_dtype=torch.float32)
-        return bool((total == 17).all()) and torch.bmm(one[None], one[None], out_dtype=torch.float32).shape[0] == 1
-    except (RuntimeError, TypeError):
-        return False
 
 
 def halve(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
