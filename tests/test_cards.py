@@ -32,14 +32,16 @@ from athena_gguf.model.trust import running_code
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def importable():
     """This folder, for the processes."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        yield
 
 
-@pytest.fixture
-def card():
+@pytest.fixture(scope="module")
+def card(importable):
     with Cards(CPU, [CPU]) as cards:
         yield cards[0]
 
@@ -119,11 +121,12 @@ def test_errors_come_back(kind, raised, card):
     assert card.call(there.add, 1, 2) == 3
 
 
-def test_killed_process(card):
-    with pytest.raises(AthenaError, match=r"cpu: .* \(killed by SIGKILL.*--work-dir"):
-        card.call(there.die)
-    with pytest.raises(AthenaError, match="killed by SIGKILL"):
-        card.call(there.add, 1, 2)
+def test_killed_process():
+    with Cards(CPU, [CPU]) as cards:
+        with pytest.raises(AthenaError, match=r"cpu: .* \(killed by SIGKILL.*--work-dir"):
+            cards[0].call(there.die)
+        with pytest.raises(AthenaError, match="killed by SIGKILL"):
+            cards[0].call(there.add, 1, 2)
 
 
 def test_process_ends_with_its_parent():
@@ -191,7 +194,7 @@ def test_curvatures_are_those_of_one_process(family, config, card, tmp_path):
 @pytest.mark.usefixtures("two_cards", "short_windows")
 def test_same_file(tiny_model, options, tmp_path, monkeypatch):
     files = tmp_path / "one.gguf", tmp_path / "two.gguf"
-    settings = options(host_memory="1KiB", bpw=4.0)
+    settings = options(host_memory="1KiB")
     encoded, encode = [], card_queue._Remote.encode
     monkeypatch.setattr(card_queue._Remote, "encode", lambda self, *of: encoded.append(of[2]) or encode(self, *of))
     convert(tiny_model, files[1], settings)
