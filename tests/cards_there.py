@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -33,6 +34,15 @@ def code(here):
 
 def sleep(here, seconds):
     time.sleep(seconds)
+    return os.getpid()
+
+
+_MET = threading.Barrier(4)
+
+
+def meet(here):
+    """Returns once four calls are here at the same time."""
+    _MET.wait(120)
     return os.getpid()
 
 
