@@ -221,6 +221,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         encoded = encode_tensors(
             base_path, plan, calibration, work / "encoded", devices[0], stages.timed, stage.overlap, cluster, cards
         )
+        cards.close()  # what they hold is of use to tuning
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
         if _tunes(options, plan, device, stage.memory):

@@ -28,6 +28,10 @@ def set_form(form: Form) -> None:
     _form = form
 
 
+def form() -> Form:
+    return _form
+
+
 def note(text: str) -> None:
     """One line. In the quiet form only if it begins with "warning: "."""
     warning = text.startswith(_WARNING)

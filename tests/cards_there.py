@@ -25,7 +25,8 @@ def add(here, *tensors, more=0):
 def raises(here, kind):
     if kind == "odd":
         raise Odd("this", "that")
-    raise {"athena": AthenaError, "memory": torch.OutOfMemoryError, "cancelled": KeyError}[kind]("too odd")
+    kinds = {"athena": AthenaError, "memory": torch.OutOfMemoryError, "key": KeyError, "end": SystemExit}
+    raise kinds[kind]("too odd")
 
 
 def code(here):

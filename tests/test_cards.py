@@ -105,13 +105,19 @@ def test_calls(card):
 
 
 @pytest.mark.parametrize(
-    ("kind", "raised"),
-    [("athena", AthenaError), ("memory", torch.OutOfMemoryError), ("cancelled", KeyError), ("odd", RuntimeError)],
+    ("kind", "raised", "text"),
+    [
+        ("athena", AthenaError, "too odd"),
+        ("memory", torch.OutOfMemoryError, "too odd"),
+        ("key", KeyError, "too odd"),
+        ("odd", RuntimeError, "Odd: this"),
+        ("end", RuntimeError, "SystemExit: too odd"),  # and does not end this process
+    ],
 )
-def test_errors_come_back(kind, raised, card):
+def test_errors_come_back(kind, raised, text, card):
     with pytest.raises(raised) as found:
         card.call(there.raises, kind)
-    assert "too odd" in str(found.value) or "this" in str(found.value)
+    assert text in str(found.value)
     assert "in raises" in str(found.value.__cause__)
     assert card.call(there.add, 1, 2) == 3
 
@@ -122,6 +128,30 @@ def test_killed_process():
             cards[0].call(there.die)
         with pytest.raises(AthenaError, match="killed by SIGKILL"):
             cards[0].call(there.add, 1, 2)
+
+
+def test_code_in_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    """It may be that of a model."""
+    (tmp_path / "transformers.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(there.__file__).parent))
+    with Cards(CPU, [CPU]) as cards:
+        assert cards[0].call(there.add, 1, 2) == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="a process cannot be stopped here")
+def test_process_that_does_not_read_is_ended(monkeypatch):
+    monkeypatch.setattr(athena_gguf.cards.card, "_SECONDS", 0.5)
+    card = Card(CPU)
+    assert card.call(there.add, 1, 2) == 3
+    os.kill(card.process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(card.call, there.add, torch.zeros(1 << 22))  # more than a pipe holds
+        time.sleep(0.2)
+        card.close()
+        with pytest.raises(AthenaError, match="the work on it has ended"):
+            call.result(60)
+    assert card.process.returncode == -signal.SIGKILL
 
 
 def test_process_ends_with_its_parent():

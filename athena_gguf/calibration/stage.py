@@ -402,8 +402,10 @@ class Stage:
 
     def _waiting_bytes(self) -> int:
         """While a GPU encodes and measures at the same time: of the next metric and weights, and of curvatures that
-        wait."""
-        return (34 + 8) * self._widest**2 + _PIECES // 10 + self._expert_bytes()[1]
+        wait, on the first GPU those for the others too."""
+        matrices, weights = self._expert_bytes()
+        others = len(self.cards) * (8 * self._widest**2 + matrices)
+        return (34 + 8) * self._widest**2 + _PIECES // 10 + weights + others
 
     def _expert_bytes(self) -> tuple[int, int]:
         """Of the curvatures of a block's experts, and of the weights in float32 that read one of their inputs."""

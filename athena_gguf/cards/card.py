@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from athena_gguf import progress
 from athena_gguf.cards import wire
 from athena_gguf.cards.child import Here, Start, look, set_share
-from athena_gguf.ending import how_it_ended
 from athena_gguf.errors import AthenaError
 from athena_gguf.model.trust import runs_code
+from athena_gguf.processes import command, how_it_ended
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +34,13 @@ class Card:
         self.waiting: dict[int, Future[Any]] = {}
         self.state, self.writing = Lock(), Lock()
         self.ended: AthenaError | None = None
-        command = [sys.executable, "-m", "athena_gguf.cards"]
         # A session of its own: Ctrl-C reaches this process only, which then closes the pipe.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            command("athena_gguf.cards.child"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.given, self.answers = self.process.stdin, self.process.stdout
-        start = Start(str(device), gpu_memory, runs_code())
+        start = Start(str(device), gpu_memory, runs_code(), "json" if progress.form() == "json" else "quiet")
         self._write(0, wire.packed(start, share=False))
         self.reader = Thread(target=self._read, name=f"{device}", daemon=True)
         self.reader.start()
@@ -81,11 +81,15 @@ class Card:
             self.call(set_share, self.share)
 
     def end(self) -> None:
-        """Without waiting for it."""
+        """Without waiting for it. A process that does not read what is being written is killed."""
         with self.state:
             self.ended = self.ended or AthenaError(f"{self.device}: the work on it has ended")
+        if not self.writing.acquire(timeout=_SECONDS):
+            self.process.kill()  # which ends the write
+            self.writing.acquire()
         with suppress(OSError):
             self.given.close()
+        self.writing.release()
 
     def close(self) -> None:
         self.end()
@@ -144,20 +148,28 @@ class Cards(Sequence[Card]):
     def __init__(self, first: torch.device, devices: Sequence[torch.device], gpu_memory: int | None = None) -> None:
         self.stack = ExitStack()
         self.cards: list[Card] = []
+        self.agreeing: list[Thread] = []
         with self.stack:
             for device in devices:
                 self.cards.append(Card(device, gpu_memory))
                 self.stack.callback(self.cards[-1].close)
-                Thread(target=self.cards[-1].agree, args=(first,), daemon=True).start()
+                self.agreeing.append(Thread(target=self.cards[-1].agree, args=(first,), daemon=True))
+                self.agreeing[-1].start()
             self.stack = self.stack.pop_all()
 
     def __enter__(self) -> Cards:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End them, if that has not been done yet."""
         for card in self.cards:
             card.end()
         self.stack.close()
+        for thread in self.agreeing:  # the interpreter must not end while one is in the driver
+            thread.join()
 
     def __len__(self) -> int:
         return len(self.cards)

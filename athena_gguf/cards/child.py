@@ -1,4 +1,4 @@
-"""The process of a GPU: `python -m athena_gguf.cards`.
+"""The process of a GPU, started by `athena_gguf.cards.Card`.
 
 Its input and output are numbered messages (`athena_gguf.cards.wire`): first a `Start`, then functions to call with
 arguments; their results or errors. It ends when its input does, whatever it is doing.
@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from athena_gguf import progress
 from athena_gguf.cards import wire
+from athena_gguf.errors import AthenaError
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,12 @@ _THREADS = 16  # calls at a time: those of the measurement, the encoding, and wh
 
 @dataclass
 class Start:
-    """Of a process. `code`: the user trusts code that comes with the model."""
+    """Of a process. `code`: the user trusts code that comes with the model; `form`: of what it says."""
 
     device: str
     gpu_memory: int | None
     code: bool
+    form: progress.Form
 
 
 @dataclass
@@ -62,6 +64,7 @@ class _Calls:
         """Until the input ends."""
         _, parts = wire.read(self.given)
         start: Start = wire.unpacked(parts)
+        progress.set_form(start.form)
         ready = self.threads.submit(_begin, start)
         while True:
             number, parts = wire.read(self.given)
@@ -78,15 +81,24 @@ class _Calls:
                 result = _called(here, parts)
             share = here.share
             message = wire.packed((result, None, ""), share)
-        except BaseException as error:
+        except Exception as error:
             told = traceback.format_exc()
             try:
                 message = wire.packed((None, error, told), share=False)
                 wire.unpacked(message)
             except Exception:  # an error that cannot be sent
-                message = wire.packed((None, RuntimeError(f"{type(error).__name__}: {error}"), told), share=False)
-        with self.writing:
-            wire.write(self.answers, number, message)
+                message = _named(error, told)
+        except BaseException as error:  # would end the first process without a word
+            message = _named(error, traceback.format_exc())
+        try:
+            with self.writing:
+                wire.write(self.answers, number, message)
+        except OSError:  # nobody reads them any more
+            os._exit(1)
+
+
+def _named(error: BaseException, told: str) -> wire.Parts:
+    return wire.packed((None, RuntimeError(f"{type(error).__name__}: {error}"), told), share=False)
 
 
 def _called(here: Here, parts: wire.Parts) -> Any:
@@ -109,9 +121,12 @@ def _begin(start: Start) -> Here:
 
     keep_freed_memory()
     device = torch.device(start.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    wake([device], start.gpu_memory)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        wake([device], start.gpu_memory)
+    except RuntimeError as error:
+        raise AthenaError(f"{device}: {error}; CUDA_VISIBLE_DEVICES chooses GPUs") from error
     return Here(device)
 
 
@@ -122,8 +137,12 @@ def main() -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     progress.set_form("quiet")  # the first process tells
+    code = 1
     try:
         _Calls(given, answers).serve()
     except EOFError:
-        sys.stderr.flush()
-        os._exit(0)  # threads at work do not matter any more
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)  # threads at work do not matter any more

@@ -1,4 +1,4 @@
-"""The process of one job: `python -m athena_gguf.jobs.child`.
+"""The process of one job: started by `athena_gguf.jobs.process`.
 
 Its first input line is the job as JSON; its output is the conversion's result as JSON, and what it says on stderr is
 JSON lines. It ends when its input does, so that it never outlives the batch, however that ends.
@@ -34,7 +34,12 @@ def _end_with_input() -> None:
     os._exit(1)
 
 
-def main() -> int:
+def main() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_convert())
+
+
+def _convert() -> int:
     job = json.loads(_first_line())
     threading.Thread(target=_end_with_input, daemon=True).start()
     if job["cpus"] and hasattr(os, "sched_setaffinity"):
@@ -58,8 +63,3 @@ def main() -> int:
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(main())

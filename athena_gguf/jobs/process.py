@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from athena_gguf.ending import how_it_ended
 from athena_gguf.jobs.spec import Job
 from athena_gguf.jobs.state import log_file
+from athena_gguf.processes import command, how_it_ended
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,15 @@ class Process:
         """Start the process, call `started` and wait for its end. The log file gets all that it says."""
         start = time.monotonic()
         log = log_file(self.state, self.job)
-        command = [sys.executable, "-m", "athena_gguf.jobs.child"]
         with open(log, "ab") as said:
             begin = said.tell()
             # A session of its own: Ctrl-C reaches the batch only, which then ends its jobs.
             self.popen = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+                command("athena_gguf.jobs.child"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                start_new_session=True,
             )
             with self.popen as process:
                 assert process.stdin is not None and process.stdout is not None

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import athena_gguf
+from athena_gguf import processes
 from athena_gguf.bfloat16 import to_bfloat16
 from athena_gguf.model.lazy_tensors import make_ahead
 
@@ -32,10 +32,7 @@ _TRUST = "--trust-remote-code"
 
 def command(script: Path, trust: bool) -> list[str]:
     """How to start this process with the converter `script`; its arguments follow."""
-    # Not with -m, which would import what lies in the current folder, be it the model's.
-    package = str(Path(athena_gguf.__file__).absolute().parents[1])
-    start = f"import sys; sys.path[:] = [*filter(None, sys.path), {package!r}]; from {__name__} import main; main()"
-    return [sys.executable, "-c", start, *([_TRUST] if trust else []), str(script)]
+    return [*processes.command(__name__), *([_TRUST] if trust else []), str(script)]
 
 
 def main() -> None:

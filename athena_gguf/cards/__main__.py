@@ -1,3 +1,0 @@
-from athena_gguf.cards.child import main
-
-main()
