@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,8 +47,8 @@ class CardQueue:
         """`finished`: tensors that are not encoded again, though `add` names them."""
         self.plan, self.overlap, self.finished = plan, overlap, finished
         first = _Local(_Encoder(base, plan.encoded, settings, device, overlap, finished), writer)
-        of = base.path, plan.encoded, settings, overlap, finished, writer.done.folder, writer.done.key
-        self.places: list[_Place] = [first, *(_Remote(card, writer, first, *of) for card in cards)]
+        work = _Work(base.path, plan.encoded, settings, overlap, finished, writer.done.folder, writer.done.key)
+        self.places: list[_Place] = [first, *(_Remote(card, writer, first, work) for card in cards)]
         self.threads = [ThreadPoolExecutor(2 if overlap else 1, "encode on a card") for _ in self.places]
         self.jobs: list[deque[tuple[float, Future[None]]]] = [deque() for _ in self.places]
         self.given = [0.0 for _ in self.places]
@@ -162,6 +163,19 @@ class _Local:
             self.writer.put(name, encoded)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a process encodes with, and the `folder` that it puts finished tensors into."""
+
+    base_path: Path
+    kinds: Mapping[str, str]
+    settings: EncodeOptions
+    overlap: bool
+    finished: Collection[str]
+    folder: Path
+    key: str
+
+
 class _Remote:
     """The process puts what it finishes into the folder itself, and says what it was."""
 
@@ -170,20 +184,13 @@ class _Remote:
         card: Card,
         writer: Writer,
         first: _Local,
-        base_path: Path,
-        kinds: Mapping[str, str],
-        settings: EncodeOptions,
-        overlap: bool,
-        finished: Collection[str],
-        folder: Path,
-        key: str,
+        work: _Work,
     ) -> None:
         import torch
 
-        self.card, self.writer, self.first = card, writer, first
-        self.of = base_path, kinds, settings, overlap, finished, folder, key
+        self.card, self.writer, self.first, self.work = card, writer, first, work
         device = first.encoder.device
-        self.stream = torch.cuda.Stream(device) if overlap else None  # from which matrices are sent
+        self.stream = torch.cuda.Stream(device) if work.overlap else None  # from which matrices are sent
         self.starter = ThreadPoolExecutor(1, "start of encoding")
         self.ready: Future[None] = Future()
 
@@ -193,7 +200,7 @@ class _Remote:
 
     def _start(self) -> None:
         self.first.ready.result()  # which made the kernels for all
-        self.card.call(_start, *self.of)
+        self.card.call(_start, self.work)
 
     def __exit__(self, *exception: object) -> None:
         self.starter.shutdown(wait=True, cancel_futures=True)
@@ -215,24 +222,14 @@ class _Remote:
 class _Encoding:
     """What the process holds for its encoding."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        base_path: Path,
-        kinds: Mapping[str, str],
-        settings: EncodeOptions,
-        overlap: bool,
-        finished: Collection[str],
-        folder: Path,
-        key: str,
-    ) -> None:
+    def __init__(self, device: torch.device, work: _Work) -> None:
         from athena_gguf.encode.finished import FinishedTensors
         from athena_gguf.gguf_file import GGUFFile
 
-        self.kinds, self.stack = kinds, ExitStack()
-        self.done = FinishedTensors(folder, key)
-        base = self.stack.enter_context(GGUFFile(base_path))
-        self.encoder = _Encoder(base, kinds, settings, device, overlap, finished)
+        self.kinds, self.stack = work.kinds, ExitStack()
+        self.done = FinishedTensors(work.folder, work.key)
+        base = self.stack.enter_context(GGUFFile(work.base_path))
+        self.encoder = _Encoder(base, work.kinds, work.settings, device, work.overlap, work.finished)
         self.stack.enter_context(short_turns())
         self.stack.enter_context(self.encoder.pool)
         self.disk = self.stack.enter_context(ThreadPoolExecutor(1, "finished tensors"))
@@ -248,17 +245,8 @@ class _Encoding:
         return [(name, loss, power) for name, loss, power, _ in kept]
 
 
-def _start(
-    here: Here,
-    base_path: Path,
-    kinds: Mapping[str, str],
-    settings: EncodeOptions,
-    overlap: bool,
-    finished: Collection[str],
-    folder: Path,
-    key: str,
-) -> None:
-    held = _Encoding(here.device, base_path, kinds, settings, overlap, finished, folder, key)
+def _start(here: Here, work: _Work) -> None:
+    held = _Encoding(here.device, work)
     here.held[_Encoding] = held
     held.encoder.pool.workers.submit(held.encoder.make_kernels).result()
 
