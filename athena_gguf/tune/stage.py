@@ -10,7 +10,7 @@ import numpy as np
 from athena_gguf import progress
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file import GGUFFile, Tensor, quantize
-from athena_gguf.plan import Plan
+from athena_gguf.plan import Plan, block_of
 from athena_gguf.tune.train import Quantized, Tuned, TuneOptions, tune, window_bytes
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ def tune_encoded(
 
 def windows_at_once(plan: Plan, length: int, memory: int) -> int:
     """Windows of `length` tokens that a GPU with `memory` bytes can learn from at a time, beside the model."""
-    from athena_gguf.plan import block_of
-
     weights = sum(map(plan.elements, plan.shapes))
     blocks = len({found[0] for name in plan.shapes if (found := block_of(name))})
     vocabulary, hidden = plan.shapes["token_embd.weight"]

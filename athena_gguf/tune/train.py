@@ -118,9 +118,7 @@ def tune(
         return divergence(model, student, some).mean(1).sum() / options.batch
 
     before = mean_loss()
-    step_loss = gradients(
-        loss_of, pupils[:1].repeat(part, 1).to(device), [p for group in groups for p in group["params"]]
-    )
+    step_loss = gradients(loss_of, pupils[:1].repeat(part, 1).to(device), parameters)
     queue = torch.empty(0, dtype=torch.long)
     for step in range(options.steps):
         share = min(1.0, 10 * (step + 1) / options.steps) * (1 + math.cos(math.pi * step / options.steps)) / 2
