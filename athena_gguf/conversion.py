@@ -23,7 +23,7 @@ from athena_gguf.memory import short_turns, shortage_explained
 
 if TYPE_CHECKING:
     from athena_gguf.allocate import Target
-    from athena_gguf.calibration.stage import Memory, Stage
+    from athena_gguf.calibration.stage import Stage
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.gguf_file import GGUFFile
@@ -164,6 +164,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
     from athena_gguf.report.card import check_report, write_report
     from athena_gguf.summary import print_plan, print_summary
+    from athena_gguf.tune.stage import windows_at_once
 
     out, options = Path(out), options or ConvertOptions()
     options.check()
@@ -224,9 +225,10 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         cards.close()  # what they hold is of use to tuning
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
-        if _tunes(options, plan, device, stage.memory):
+        at_once = windows_at_once(plan, WINDOW, stage.memory.device) if device.type == "cuda" else None
+        if _tunes(options, plan, at_once):
             with stages.timed("tuning"):
-                changes = _tune(stage, encoded)
+                changes = _tune(stage, encoded, at_once)
         metadata["athena.tuned"] = bool(changes)
         with stages.timed("writing"):
             base.kept.result()
@@ -389,38 +391,33 @@ def _allocate(
     return predicted
 
 
-def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
-    """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
-    from athena_gguf.tune.stage import windows_at_once
-
+def _tunes(options: ConvertOptions, plan: Any, at_once: int | None) -> bool:
+    """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds.
+    `at_once`: windows that a GPU can learn from at a time, None without one."""
     if any(len(shape) > 2 for shape in plan.shapes.values()):
         if options.tune:
             progress.note("warning: scales and norms are not tuned: that is not possible with a mixture of experts")
         return False
     if options.tune is not None:
         return options.tune
-    if device.type != "cuda":
-        return False
-    fits = windows_at_once(plan, WINDOW, memory.device) > 0
-    if not fits:
+    if at_once == 0:
         progress.note("scales and norms are not tuned: the GPU's memory is too small for this model twice in float32")
-    return fits
+    return bool(at_once)
 
 
-def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
-    """Type and data of the tensors that tuning changes."""
+def _tune(stage: Stage, encoded: FinishedTensors, at_once: int | None) -> dict[str, tuple[str, Any]]:
+    """Type and data of the tensors that tuning changes. `at_once`: as of `_tunes`."""
     import torch
 
     from athena_gguf.calibration.precision import measuring
     from athena_gguf.gguf_file import GGUFFile, quantize
     from athena_gguf.gpu import repeated
     from athena_gguf.model import load_model
-    from athena_gguf.tune.stage import tune_encoded, windows_at_once
+    from athena_gguf.tune.stage import tune_encoded
 
     # Other windows than the curvature's where the model writes them, more of the same text where files are given.
     seed = stage.options.seed
     windows = stage.windows(TUNE_TOKENS, seed + 1)
-    at_once = windows_at_once(stage.plan, WINDOW, stage.memory.device) if stage.device.type == "cuda" else None
     model = load_model(stage.model_dir, stage.device, torch.float32)
     with GGUFFile(stage.base_path) as base, measuring():
         try:
