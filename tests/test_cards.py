@@ -231,6 +231,29 @@ def test_same_file(tiny_model, options, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("two_cards", "short_windows")
+def test_cards_without_windows_encode_only(tiny_model, options, tmp_path, monkeypatch):
+    """Of three devices and two windows."""
+    called = []
+
+    class Noted(Inline):
+        def __init__(self, *of):
+            super().__init__(*of)
+            self.functions = []
+            called.append(self.functions)
+
+        def call(self, function, *args, **named):
+            self.functions.append(function)
+            return super().call(function, *args, **named)
+
+    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device] * 3)
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", Noted)
+    convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=128, host_memory="1KiB"))
+    one, two = ({function.__module__ for function in functions} for functions in called)
+    assert one == {remote.__name__, card_queue.__name__} and two == {card_queue.__name__}
+    assert card_queue._encode in called[1]
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
 @pytest.mark.parametrize("step", ["backward", "encode"])
 def test_conversion_with_a_killed_process(step, tiny_model, options, tmp_path, monkeypatch):
     """It ends with an error, and the same command goes on from there."""
