@@ -184,11 +184,12 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         ThreadPoolExecutor(_THREADS, "beside") as threads,
         ExitStack() as exits,
     ):
-        devices = all_of(device)
-        cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
-        awake = threads.submit(wake, devices[:1], options.memory[0])
         with stages.timed("base file"):
-            model_dir, options = _model(model, work, options)
+            found = _found(model, options)  # before anything is started for it
+            devices = all_of(device)
+            cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
+            awake = threads.submit(wake, devices[:1], options.memory[0])
+            model_dir, options = _model(found, work, options)
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
                 tokens = options.calibration_tokens or CALIBRATION_TOKENS
@@ -280,16 +281,25 @@ def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
         yield folder
 
 
-def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
-    """The model's folder; that of a GGUF file comes with its base file."""
-    from athena_gguf.model.from_gguf import unpack_gguf
+def _found(model: Path | str, options: ConvertOptions) -> Path:
+    """The model's folder or GGUF file, fetched if need be. Raises AthenaError where little reading shows that it is none."""
+    from athena_gguf.gguf_file.base import check_files
     from athena_gguf.model.source import local_model
 
     found = local_model(model, options.trust_remote_code)
     if not found.is_file():
-        return found, options
-    if options.base is not None:
+        check_files(found)
+    elif options.base is not None:
         raise AthenaError(f"--base {options.base}: {found} is a GGUF file, and so its own base; leave --base out")
+    return found
+
+
+def _model(found: Path, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
+    """The model's folder; that of a GGUF file comes with its base file."""
+    from athena_gguf.model.from_gguf import unpack_gguf
+
+    if not found.is_file():
+        return found, options
     folder, base = unpack_gguf(found, work)
     return folder, replace(options, base=base)
 
@@ -313,9 +323,7 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
     from athena_gguf.gguf_file import GGUFFile, writing_base
     from athena_gguf.gguf_file.base import check_model
     from athena_gguf.model.lazy_tensors import most_bytes
-    from athena_gguf.model.load import check_model_dir
 
-    check_model_dir(model_dir)
     path, mark = options.base or work / "base.gguf", work / "base.model"
     key = store.model_fingerprint(model_dir)
     there = options.base is not None

@@ -3,6 +3,7 @@ process, and an end as clean."""
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,22 @@ def test_same_file(tiny_model, options, tmp_path, monkeypatch):
     convert(tiny_model, files[0], settings)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_no_process_for_what_is_no_model(tiny_model, tiny_base, options, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", never)
+    out, model = tmp_path / "out.gguf", shutil.copytree(tiny_model, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for wrong, said in (tmp_path / "absent", "no such folder"), (model, "truncated"), (tiny_base, "leave --base out"):
+        with pytest.raises(AthenaError, match=said):
+            convert(wrong, out, options())
+    with pytest.raises(AssertionError, match="a process was started"):
+        convert(tiny_model, out, options())
 
 
 @pytest.mark.usefixtures("two_cards", "short_windows")
