@@ -282,7 +282,7 @@ def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
 
 
 def _found(model: Path | str, options: ConvertOptions) -> Path:
-    """The model's folder or GGUF file, fetched if need be. Raises AthenaError where little reading shows that it is none."""
+    """The model's folder or GGUF file, fetched if need be. Raises AthenaError if a short look shows that it is none."""
     from athena_gguf.gguf_file.base import check_files
     from athena_gguf.model.source import local_model
 
