@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cards_there as there
 import pytest
@@ -109,7 +110,7 @@ def test_calls(card):
     ("kind", "raised", "text"),
     [
         ("athena", AthenaError, "too odd"),
-        ("memory", torch.OutOfMemoryError, "too odd"),
+        ("memory", AthenaError, "cpu: its memory is too small: too odd; close"),
         ("key", KeyError, "too odd"),
         ("odd", RuntimeError, "Odd: this"),
         ("end", RuntimeError, "SystemExit: too odd"),  # and does not end this process
@@ -121,6 +122,17 @@ def test_errors_come_back(kind, raised, text, card):
     assert text in str(found.value)
     assert "in raises" in str(found.value.__cause__)
     assert card.call(there.add, 1, 2) == 3
+
+
+def test_memory_of_the_first_device_is_named():
+    """As that of the others is."""
+
+    def encode(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    place = card_queue._Local(SimpleNamespace(device=CPU, encode=encode), None)
+    with pytest.raises(AthenaError, match=r"cpu: .* too small: tried .*--gpu-memory.*CUDA_VISIBLE_DEVICES"):
+        place.encode(None, None, ["a"])
 
 
 def test_killed_process():

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from athena_gguf import progress
 from athena_gguf.calibration import store
 from athena_gguf.calibration.curvature import Curvature, Lookup
 from athena_gguf.errors import AthenaError
+from athena_gguf.gpu import shortage_named
 from athena_gguf.memory import cores, host_bytes
 from athena_gguf.plan import block_of
 
@@ -187,7 +188,7 @@ class Stage:
         def forward() -> None:
             run = opened.result()
             if run.passes is not None:
-                with timed("curvature"), self._shortage_explained():
+                with timed("curvature"), shortage_named(self.device):
                     run.passes.forward()
 
         timed = partial(self.timed, beside=True)
@@ -228,7 +229,7 @@ class Stage:
         beside = self.beside
         run = self._open(self.timed, pause) if beside is None else beside.opened.result()
         self.beside = None
-        with run.exits, self._shortage_explained():
+        with run.exits, shortage_named(self.device):
             if beside is not None:
                 run.exits.callback(beside.stop)
             found: list[Curvature] = []
@@ -252,18 +253,6 @@ class Stage:
             while found:
                 yield found.pop(0)
 
-    @contextmanager
-    def _shortage_explained(self) -> Iterator[None]:
-        import torch
-
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise AthenaError(
-                f"{self.model_dir}: the GPU's memory is too small to measure the curvature: {error}; close what else "
-                "runs there, or use --device cpu"
-            ) from error
-
     def _open(
         self,
         timed: Callable[[str], Any],
@@ -275,7 +264,7 @@ class Stage:
         with timed("calibration text"):
             windows = self.kept_windows(check)
         pause()
-        with timed("curvature"), ExitStack() as exits, self._shortage_explained():
+        with timed("curvature"), ExitStack() as exits, shortage_named(self.device):
             cards = self.cards[: len(windows) - 1]  # others would have no window
             model = self._blocks(cards)
             check()
