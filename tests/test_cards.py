@@ -25,7 +25,7 @@ from athena_gguf.calibration import Lookup, blockwise, remote
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Stage
 from athena_gguf.cards import Card, Cards, wire
-from athena_gguf.cards.child import Here
+from athena_gguf.cards.child import Here, set_share
 from athena_gguf.conversion import convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.model.blocks import open_blocks
@@ -122,6 +122,23 @@ def test_errors_come_back(kind, raised, text, card):
     assert text in str(found.value)
     assert "in raises" in str(found.value.__cause__)
     assert card.call(there.add, 1, 2) == 3
+
+
+@pytest.mark.parametrize(("look", "why"), [("refuse", "peer access is not supported"), ("misread", "other numbers")])
+def test_data_by_way_of_the_host(look, why, card, monkeypatch, capsys):
+    """Where one process cannot look at the other's tensors on GPUs, neither has to, and calls go on."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))  # of the first GPU
+    with monkeypatch.context() as patch:
+        patch.setattr(athena_gguf.cards.card, "look", getattr(there, look))
+        card.agree(torch.device("cuda"))
+    said = capsys.readouterr().err
+    assert f"by way of the host's memory: {why}" in said and "between" not in said
+    assert card.share is False and card.call(there.shares) is False
+    card.agree(torch.device("cuda"))
+    assert card.share is True and card.call(there.shares) is True and not capsys.readouterr().err
+    card.share = False
+    card.call(set_share, False)
 
 
 def test_memory_of_the_first_device_is_named():
