@@ -23,7 +23,7 @@ from athena_gguf.memory import short_turns, shortage_explained
 
 if TYPE_CHECKING:
     from athena_gguf.allocate import Target
-    from athena_gguf.calibration.stage import Memory, Stage
+    from athena_gguf.calibration.stage import Stage
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.encode.finished import FinishedTensors
     from athena_gguf.gguf_file import GGUFFile
@@ -164,6 +164,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     from athena_gguf.plan import check_finite, make_plan, predicted_bytes
     from athena_gguf.report.card import check_report, write_report
     from athena_gguf.summary import print_plan, print_summary
+    from athena_gguf.tune.stage import windows_at_once
 
     out, options = Path(out), options or ConvertOptions()
     options.check()
@@ -183,11 +184,12 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         ThreadPoolExecutor(_THREADS, "beside") as threads,
         ExitStack() as exits,
     ):
-        devices = all_of(device)
-        cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
-        awake = threads.submit(wake, devices[:1], options.memory[0])
         with stages.timed("base file"):
-            model_dir, options = _model(model, work, options)
+            found = _found(model, options)  # before anything is started for it
+            devices = all_of(device)
+            cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
+            awake = threads.submit(wake, devices[:1], options.memory[0])
+            model_dir, options = _model(found, work, options)
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
                 tokens = options.calibration_tokens or CALIBRATION_TOKENS
@@ -224,9 +226,10 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         cards.close()  # what they hold is of use to tuning
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
         changes: dict[str, tuple[str, Any]] = {}
-        if _tunes(options, plan, device, stage.memory):
+        at_once = windows_at_once(plan, WINDOW, stage.memory.device) if device.type == "cuda" else None
+        if _tunes(options, plan, at_once):
             with stages.timed("tuning"):
-                changes = _tune(stage, encoded)
+                changes = _tune(stage, encoded, at_once)
         metadata["athena.tuned"] = bool(changes)
         with stages.timed("writing"):
             base.kept.result()
@@ -278,16 +281,25 @@ def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
         yield folder
 
 
-def _model(model: Path | str, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
-    """The model's folder; that of a GGUF file comes with its base file."""
-    from athena_gguf.model.from_gguf import unpack_gguf
+def _found(model: Path | str, options: ConvertOptions) -> Path:
+    """The model's folder or GGUF file, fetched if need be. Raises AthenaError if a short look shows that it is none."""
+    from athena_gguf.gguf_file.base import check_files
     from athena_gguf.model.source import local_model
 
     found = local_model(model, options.trust_remote_code)
     if not found.is_file():
-        return found, options
-    if options.base is not None:
+        check_files(found)
+    elif options.base is not None:
         raise AthenaError(f"--base {options.base}: {found} is a GGUF file, and so its own base; leave --base out")
+    return found
+
+
+def _model(found: Path, work: Path, options: ConvertOptions) -> tuple[Path, ConvertOptions]:
+    """The model's folder; that of a GGUF file comes with its base file."""
+    from athena_gguf.model.from_gguf import unpack_gguf
+
+    if not found.is_file():
+        return found, options
     folder, base = unpack_gguf(found, work)
     return folder, replace(options, base=base)
 
@@ -311,9 +323,7 @@ def _base_file(model_dir: Path, work: Path, options: ConvertOptions, aside: Exec
     from athena_gguf.gguf_file import GGUFFile, writing_base
     from athena_gguf.gguf_file.base import check_model
     from athena_gguf.model.lazy_tensors import most_bytes
-    from athena_gguf.model.load import check_model_dir
 
-    check_model_dir(model_dir)
     path, mark = options.base or work / "base.gguf", work / "base.model"
     key = store.model_fingerprint(model_dir)
     there = options.base is not None
@@ -389,38 +399,33 @@ def _allocate(
     return predicted
 
 
-def _tunes(options: ConvertOptions, plan: Any, device: Any, memory: Memory) -> bool:
-    """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds."""
-    from athena_gguf.tune.stage import windows_at_once
-
+def _tunes(options: ConvertOptions, plan: Any, at_once: int | None) -> bool:
+    """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds.
+    `at_once`: windows that a GPU can learn from at a time, None without one."""
     if any(len(shape) > 2 for shape in plan.shapes.values()):
         if options.tune:
             progress.note("warning: scales and norms are not tuned: that is not possible with a mixture of experts")
         return False
     if options.tune is not None:
         return options.tune
-    if device.type != "cuda":
-        return False
-    fits = windows_at_once(plan, WINDOW, memory.device) > 0
-    if not fits:
+    if at_once == 0:
         progress.note("scales and norms are not tuned: the GPU's memory is too small for this model twice in float32")
-    return fits
+    return bool(at_once)
 
 
-def _tune(stage: Stage, encoded: FinishedTensors) -> dict[str, tuple[str, Any]]:
-    """Type and data of the tensors that tuning changes."""
+def _tune(stage: Stage, encoded: FinishedTensors, at_once: int | None) -> dict[str, tuple[str, Any]]:
+    """Type and data of the tensors that tuning changes. `at_once`: as of `_tunes`."""
     import torch
 
     from athena_gguf.calibration.precision import measuring
     from athena_gguf.gguf_file import GGUFFile, quantize
     from athena_gguf.gpu import repeated
     from athena_gguf.model import load_model
-    from athena_gguf.tune.stage import tune_encoded, windows_at_once
+    from athena_gguf.tune.stage import tune_encoded
 
     # Other windows than the curvature's where the model writes them, more of the same text where files are given.
     seed = stage.options.seed
     windows = stage.windows(TUNE_TOKENS, seed + 1)
-    at_once = windows_at_once(stage.plan, WINDOW, stage.memory.device) if stage.device.type == "cuda" else None
     model = load_model(stage.model_dir, stage.device, torch.float32)
     with GGUFFile(stage.base_path) as base, measuring():
         try:

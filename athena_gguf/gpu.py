@@ -1,4 +1,5 @@
-"""Products and settings of torch on a GPU: bfloat16 numbers with sums in float32, and the same bits every time."""
+"""Products and settings of torch on a GPU: bfloat16 numbers with sums in float32, the same bits every time, and too
+little memory."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from athena_gguf import progress
+from athena_gguf.errors import AthenaError
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +100,20 @@ def repeated(work: Callable[[], T]) -> T:
             raise
         warn(error)
     return work()
+
+
+@contextmanager
+def shortage_named(device: torch.device) -> Iterator[None]:
+    """Turn a failed request for the memory of a GPU into an AthenaError that names it."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise AthenaError(
+            f"{device}: its memory is too small: {error}; close what else runs there, change --gpu-memory, choose "
+            "other GPUs with CUDA_VISIBLE_DEVICES, or use --device cpu"
+        ) from error
 
 
 def warn(error: Exception) -> None:

@@ -29,6 +29,20 @@ def raises(here, kind):
     raise kinds[kind]("too odd")
 
 
+def refuse(here, ones):
+    here.share = True
+    raise RuntimeError("peer access is not supported\nbetween these devices")
+
+
+def misread(here, ones):
+    here.share = True
+    return ones
+
+
+def shares(here):
+    return here.share
+
+
 def code(here):
     return runs_code()
 

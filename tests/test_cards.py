@@ -3,12 +3,14 @@ process, and an end as clean."""
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cards_there as there
 import pytest
@@ -23,7 +25,7 @@ from athena_gguf.calibration import Lookup, blockwise, remote
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Stage
 from athena_gguf.cards import Card, Cards, wire
-from athena_gguf.cards.child import Here
+from athena_gguf.cards.child import Here, set_share
 from athena_gguf.conversion import convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.model.blocks import open_blocks
@@ -108,7 +110,7 @@ def test_calls(card):
     ("kind", "raised", "text"),
     [
         ("athena", AthenaError, "too odd"),
-        ("memory", torch.OutOfMemoryError, "too odd"),
+        ("memory", AthenaError, "cpu: its memory is too small: too odd; close"),
         ("key", KeyError, "too odd"),
         ("odd", RuntimeError, "Odd: this"),
         ("end", RuntimeError, "SystemExit: too odd"),  # and does not end this process
@@ -120,6 +122,34 @@ def test_errors_come_back(kind, raised, text, card):
     assert text in str(found.value)
     assert "in raises" in str(found.value.__cause__)
     assert card.call(there.add, 1, 2) == 3
+
+
+@pytest.mark.parametrize(("look", "why"), [("refuse", "peer access is not supported"), ("misread", "other numbers")])
+def test_data_by_way_of_the_host(look, why, card, monkeypatch, capsys):
+    """Where one process cannot look at the other's tensors on GPUs, neither has to, and calls go on."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))  # of the first GPU
+    with monkeypatch.context() as patch:
+        patch.setattr(athena_gguf.cards.card, "look", getattr(there, look))
+        card.agree(torch.device("cuda"))
+    said = capsys.readouterr().err
+    assert f"by way of the host's memory: {why}" in said and "between" not in said
+    assert card.share is False and card.call(there.shares) is False
+    card.agree(torch.device("cuda"))
+    assert card.share is True and card.call(there.shares) is True and not capsys.readouterr().err
+    card.share = False
+    card.call(set_share, False)
+
+
+def test_memory_of_the_first_device_is_named():
+    """As that of the others is."""
+
+    def encode(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    place = card_queue._Local(SimpleNamespace(device=CPU, encode=encode), None)
+    with pytest.raises(AthenaError, match=r"cpu: .* too small: tried .*--gpu-memory.*CUDA_VISIBLE_DEVICES"):
+        place.encode(None, None, ["a"])
 
 
 def test_killed_process():
@@ -228,6 +258,45 @@ def test_same_file(tiny_model, options, tmp_path, monkeypatch):
     convert(tiny_model, files[0], settings)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_no_process_for_what_is_no_model(tiny_model, tiny_base, options, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", never)
+    out, model = tmp_path / "out.gguf", shutil.copytree(tiny_model, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for wrong, said in (tmp_path / "absent", "no such folder"), (model, "truncated"), (tiny_base, "leave --base out"):
+        with pytest.raises(AthenaError, match=said):
+            convert(wrong, out, options())
+    with pytest.raises(AssertionError, match="a process was started"):
+        convert(tiny_model, out, options())
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
+def test_cards_without_windows_encode_only(tiny_model, options, tmp_path, monkeypatch):
+    """Of three devices and two windows."""
+    called = []
+
+    class Noted(Inline):
+        def __init__(self, *of):
+            super().__init__(*of)
+            self.functions = []
+            called.append(self.functions)
+
+        def call(self, function, *args, **named):
+            self.functions.append(function)
+            return super().call(function, *args, **named)
+
+    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device] * 3)
+    monkeypatch.setattr(athena_gguf.cards.card, "Card", Noted)
+    convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=128, host_memory="1KiB"))
+    one, two = ({function.__module__ for function in functions} for functions in called)
+    assert one == {remote.__name__, card_queue.__name__} and two == {card_queue.__name__}
+    assert card_queue._encode in called[1]
 
 
 @pytest.mark.usefixtures("two_cards", "short_windows")

@@ -114,6 +114,19 @@ def test_memory_of_windows():
     assert windows_at_once(plan, 512, 1 << 30) == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "at_once", "tunes"),
+    [(None, None, False), (None, 0, False), (None, 3, True), (False, 3, False), (True, None, True), (True, 0, True)],
+)
+def test_who_tunes(asked, at_once, tunes, capsys):
+    """If nothing was said, a GPU with memory for a window; one without says so."""
+    dense = Plan("llama", {"token_embd.weight": (64, 64)}, {})
+    assert convert_module._tunes(ConvertOptions(tune=asked), dense, at_once) is tunes
+    assert ("memory is too small" in capsys.readouterr().err) == (asked is None and at_once == 0)
+    experts = Plan("llama", {"blk.0.ffn_up_exps.weight": (2, 64, 64)}, {})
+    assert convert_module._tunes(ConvertOptions(tune=asked), experts, at_once) is False
+
+
 def test_tuned_file_is_closer(tiny_model, tiny_base, runtime, tmp_path, monkeypatch):
     """llama.cpp measures what tuning claims, on text that neither curvature nor tuning saw."""
     monkeypatch.setattr(convert_module, "WINDOW", 64)

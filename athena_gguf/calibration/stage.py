@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from athena_gguf import progress
 from athena_gguf.calibration import store
 from athena_gguf.calibration.curvature import Curvature, Lookup
 from athena_gguf.errors import AthenaError
+from athena_gguf.gpu import shortage_named
 from athena_gguf.memory import cores, host_bytes
 from athena_gguf.plan import block_of
 
@@ -187,7 +188,7 @@ class Stage:
         def forward() -> None:
             run = opened.result()
             if run.passes is not None:
-                with timed("curvature"), self._shortage_explained():
+                with timed("curvature"), shortage_named(self.device):
                     run.passes.forward()
 
         timed = partial(self.timed, beside=True)
@@ -228,7 +229,7 @@ class Stage:
         beside = self.beside
         run = self._open(self.timed, pause) if beside is None else beside.opened.result()
         self.beside = None
-        with run.exits, self._shortage_explained():
+        with run.exits, shortage_named(self.device):
             if beside is not None:
                 run.exits.callback(beside.stop)
             found: list[Curvature] = []
@@ -252,18 +253,6 @@ class Stage:
             while found:
                 yield found.pop(0)
 
-    @contextmanager
-    def _shortage_explained(self) -> Iterator[None]:
-        import torch
-
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise AthenaError(
-                f"{self.model_dir}: the GPU's memory is too small to measure the curvature: {error}; close what else "
-                "runs there, or use --device cpu"
-            ) from error
-
     def _open(
         self,
         timed: Callable[[str], Any],
@@ -275,8 +264,9 @@ class Stage:
         with timed("calibration text"):
             windows = self.kept_windows(check)
         pause()
-        with timed("curvature"), ExitStack() as exits, self._shortage_explained():
-            model = self._blocks()
+        with timed("curvature"), ExitStack() as exits, shortage_named(self.device):
+            cards = self.cards[: len(windows) - 1]  # others would have no window
+            model = self._blocks(cards)
             check()
             tell = exits.enter_context(progress.bar("curvature of the loss", windows.numel()))
 
@@ -286,7 +276,7 @@ class Stage:
 
             if model is None:
                 return _Run(windows, None, None, advance, exits.pop_all())
-            passes = self._passes(model, windows, advance, before_files, exits)
+            passes = self._passes(model, windows, cards, advance, before_files, exits)
             return _Run(windows, model, passes, advance, exits.pop_all())
 
     def _whole(self, run: _Run, lookup: Lookup) -> list[Curvature]:
@@ -307,8 +297,8 @@ class Stage:
 
         return repeated(measured)
 
-    def _blocks(self) -> BlockModel | None:
-        """The model to run block by block, opened by every card too. None to run it whole, which is faster on a CPU
+    def _blocks(self, cards: Sequence[Card] = ()) -> BlockModel | None:
+        """The model to run block by block, opened by these `cards` too. None to run it whole, which is faster on a CPU
         whose memory it fits in: every block is computed once instead of twice."""
         import torch
 
@@ -322,8 +312,8 @@ class Stage:
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
         outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
         room = max(0, self._host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1))
-        with ThreadPoolExecutor(max(1, len(self.cards)), "opening") as threads:
-            others = [threads.submit(open_there, card, self.model_dir, dtype, room) for card in self.cards]
+        with ThreadPoolExecutor(max(1, len(cards)), "opening") as threads:
+            others = [threads.submit(open_there, card, self.model_dir, dtype, room) for card in cards]
             found = open_blocks(self.model_dir, self.device, dtype, room)
             return found if all([other.result() for other in others]) else None
 
@@ -331,6 +321,7 @@ class Stage:
         self,
         model: BlockModel,
         windows: torch.Tensor,
+        cards: Sequence[Card],
         advance: Callable[[float], None],
         before_files: Callable[[], None],
         exits: ExitStack,
@@ -344,14 +335,14 @@ class Stage:
         batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
         room = max(0, memory - self._working_bytes(batch) - model.resident_bytes)
         # What the base file still takes is theirs once it is complete, which `before_files` waits for.
-        host, count = self._host, 1 + len(self.cards)
+        host, count = self._host, 1 + len(cards)
         now, later = (0 if on_cpu else part // count for part in (host, self.memory.host - host))
-        share, *rest = (share for share in windows.tensor_split(count) if len(share))
+        share, *rest = windows.tensor_split(count)
         disk = partial(_given_once, before_files, iter([later]))
         shelf = Shelf(model.device, room, now, self.work / "shelf0", disk)
         exits.callback(shelf.close)
         others = []
-        for n, (card, part) in enumerate(zip(self.cards, rest, strict=False), 1):
+        for n, (card, part) in enumerate(zip(cards, rest, strict=True), 1):
             disk = partial(_given_once, before_files, iter([later]))
             others.append(RemotePart(card, part, batch, room, now, self.work / f"shelf{n}", disk))
             exits.callback(others[-1].close)

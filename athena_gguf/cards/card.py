@@ -71,12 +71,14 @@ class Card:
         self.share = True
         try:
             ones = torch.ones(1 << 16, device=device)
-            self.share = bool((self.call(look, ones) == 2).all())
+            if not bool((self.call(look, ones) == 2).all()):
+                raise RuntimeError("other numbers arrive")
         except Exception as error:  # whatever the driver, the system or torch refuses
             if self.ended is not None:
                 return  # as the next call says
             self.share = False
-            progress.note(f"GPUs pass data to each other by way of the host's memory: {str(error).splitlines()[:1]}")
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            progress.note(f"GPUs pass data to each other by way of the host's memory: {why}")
         with suppress(AthenaError):
             self.call(set_share, self.share)
 

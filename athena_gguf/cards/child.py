@@ -72,12 +72,13 @@ class _Calls:
             del parts
 
     def _answer(self, number: int, parts: wire.Parts, start: Start, ready: Future[Here]) -> None:
+        from athena_gguf.gpu import shortage_named
         from athena_gguf.model.trust import running_code
 
         share = False
         try:
             here = ready.result()
-            with running_code(start.code):
+            with running_code(start.code), shortage_named(here.device):
                 result = _called(here, parts)
             share = here.share
             message = wire.packed((result, None, ""), share)

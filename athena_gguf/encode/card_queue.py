@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from athena_gguf.cards import Card
 from athena_gguf.cards.child import Here
 from athena_gguf.errors import AthenaError
+from athena_gguf.gpu import shortage_named
 from athena_gguf.memory import short_turns
 
 if TYPE_CHECKING:
@@ -159,8 +160,9 @@ class _Local:
         self.encoder.pool.__exit__(*exception)
 
     def encode(self, matrix: torch.Tensor | None, measured: torch.cuda.Event | None, names: Sequence[str]) -> None:
-        for name, encoded in self.encoder.encode(matrix, measured, names):
-            self.writer.put(name, encoded)
+        with shortage_named(self.encoder.device):
+            for name, encoded in self.encoder.encode(matrix, measured, names):
+                self.writer.put(name, encoded)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def writing_base(
     """As `write_base`; what is done inside goes on while the converter's process writes the tensors. Gives the file's
     header, which is there once the converter has accepted the model. An exception inside ends the converter."""
     model_dir, out_path = Path(model_dir), Path(out_path).absolute()
-    _check_files(model_dir)
+    check_files(model_dir)
     from athena_gguf.plan import weight_count
     from athena_gguf.runtime import source_tree
 
@@ -90,12 +90,12 @@ def _header(running: subprocess.Popen[bytes], path: Path) -> GGUFFile | None:
 
 def check_model(model_dir: Path) -> None:
     """Raise AthenaError unless `model_dir` has a config.json, a tokenizer and whole weight files, all harmless."""
-    _check_files(model_dir)
+    check_files(model_dir)
     check_model_size(model_dir)
 
 
-def _check_files(model_dir: Path) -> None:
-    """The part of it that takes no time."""
+def check_files(model_dir: Path) -> None:
+    """The part of `check_model` that takes no time."""
     check_model_dir(model_dir)
     check_model_files(model_dir)
     if not any(path for pattern in _TOKENIZERS for path in model_dir.glob(pattern)):
