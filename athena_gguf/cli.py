@@ -198,7 +198,8 @@ def convert(
         typer.Option("--calibration", metavar="FILE|self", help="Text to calibrate on; repeatable. \\[default: self]"),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304]")
+        int | None,
+        typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304; on a CPU 49152]"),
     ] = None,
     embedding_type: Annotated[
         str | None,
@@ -219,6 +220,13 @@ def convert(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the calibration text and the rows sampled.")] = 0,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="Encode each layer under the inputs that it has behind those before. \\[default: on CPUs only]",
+        ),
+    ] = None,
     tune: Annotated[
         bool | None,
         typer.Option(
@@ -271,6 +279,7 @@ def convert(
         seed=seed,
         work_dir=work_dir,
         base=base,
+        sequential=sequential,
         tune=tune,
         gpu_memory=gpu_memory,
         host_memory=host_memory,

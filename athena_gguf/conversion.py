@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BESIDE = ("cuda",)  # where the curvature begins while the base file is made; on a CPU both would want its cores
 _THREADS = 4  # two of the curvature, one that makes kernels, one that keeps the base file
-CALIBRATION_TOKENS = 98_304
+CALIBRATION_TOKENS = {"cuda": 98_304, "cpu": 49_152}
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
 
@@ -42,7 +42,8 @@ class ConvertOptions:
     `size` of the file; `fit_memory` with `context` tokens; `preset` (athena_gguf.allocate.target). `embedding_type`:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
     `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base
-    file made before. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
+    file made before. `sequential`: encode layers in order, under the inputs that they have behind those before, None
+    for on a CPU only. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
     plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
     the KL divergence on for it. `trust_remote_code`: run Python code that comes with the model. `gpu_memory`,
     `host_memory`: what the work may take, None for most of what is free. `ray`: address of a Ray cluster that encodes
@@ -61,6 +62,7 @@ class ConvertOptions:
     seed: int = 0
     work_dir: Path | None = None
     base: Path | None = None
+    sequential: bool | None = None
     tune: bool | None = None
     dry_run: bool = False
     gpu_memory: str | None = None
@@ -119,6 +121,8 @@ class ConvertOptions:
             raise UsageError(f"--calibration-tokens {self.calibration_tokens}: give a number of tokens")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}: give 0 or more")
+        if self.sequential and self.ray is not None:
+            raise UsageError("--sequential encodes one layer after the other, here; leave --ray out")
         if self.report_text is not None and self.report is None:
             raise UsageError("--report-text is for the model card of --report; give both")
 
@@ -186,17 +190,19 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     ):
         with stages.timed("base file"):
             found = _found(model, options)  # before anything is started for it
-            devices = all_of(device)
+            devices = all_of(device)[: 1 if options.sequential else None]
             cards = exits.enter_context(Cards(devices[0], devices[1:], options.memory[0]))
             awake = threads.submit(wake, devices[:1], options.memory[0])
             model_dir, options = _model(found, work, options)
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
-                tokens = options.calibration_tokens or CALIBRATION_TOKENS
+                in_order = len(devices) == 1 and _in_order(model_dir, plan, device, options)
+                tokens = options.calibration_tokens or CALIBRATION_TOKENS[device.type]
                 metadata = _metadata(options, target, tokens)
                 if target is not None:
                     sizes_and_room(base.header, plan, target, metadata)
                 stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed, cards)
+                stage.with_weights = in_order
                 calibration = stage.calibration()
                 awake.result()
                 if device.type in BESIDE and not calibration.complete:
@@ -221,10 +227,20 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
         if options.dry_run:
             return print_plan(base_path, plan, metadata, predicted)
         encoded = encode_tensors(
-            base_path, plan, calibration, work / "encoded", devices[0], stages.timed, stage.overlap, cluster, cards
+            base_path,
+            plan,
+            calibration,
+            work / "encoded",
+            devices[0],
+            stages.timed,
+            stage.overlap,
+            cluster,
+            cards,
+            stage.prefix if in_order else None,
         )
         cards.close()  # what they hold is of use to tuning
         metadata["athena.calibration_tokens"] = calibration.inputs[0].tokens
+        metadata["athena.sequential"] = in_order
         changes: dict[str, tuple[str, Any]] = {}
         at_once = windows_at_once(plan, WINDOW, stage.memory.device) if device.type == "cuda" else None
         if _tunes(options, plan, at_once):
@@ -399,6 +415,19 @@ def _allocate(
     return predicted
 
 
+def _in_order(model_dir: Path, plan: Any, device: Any, options: ConvertOptions) -> bool:
+    """Whether to encode blocks in order: if not said otherwise, on a CPU, where nothing is tuned."""
+    from athena_gguf.calibration.prefix import open_for_prefix
+
+    wanted = device.type == "cpu" if options.sequential is None else options.sequential
+    if not wanted or options.ray is not None:
+        return False
+    possible = open_for_prefix(model_dir, plan, device) is not None
+    if options.sequential and not possible:
+        progress.note("warning: --sequential is not possible with this model: layers are encoded on their own")
+    return possible
+
+
 def _tunes(options: ConvertOptions, plan: Any, at_once: int | None) -> bool:
     """Whether to tune: if not said otherwise, on a GPU that holds the model twice in float32 and what training adds.
     `at_once`: windows that a GPU can learn from at a time, None without one."""
@@ -484,6 +513,7 @@ def _metadata(options: ConvertOptions, target: Target | None, tokens: int) -> di
         "athena.damping": settings.damping,
         "athena.passes": settings.passes,
         "athena.sweeps": settings.sweeps,
+        "athena.sequential": False,
         "athena.tuned": False,
         "athena.made_with": [f"{name} {version(name)}" for name in ("torch", "transformers", "numba", "numpy", "gguf")],
         **predicted,

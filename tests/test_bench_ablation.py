@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from dataclasses import replace
 
 import bench_ablation as bench
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import tiny_model as tiny
 import torch
 
-from athena_gguf.calibration import measure_curvature
+from athena_gguf.calibration import measure_curvature, prefix
 from athena_gguf.encode import EncodeOptions, encode_matrix
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.model import load_model
@@ -21,7 +20,8 @@ BLOCK = "model.layers.1"
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch):
-    monkeypatch.setattr(bench, "measuring", contextlib.nullcontext)
+    for module in (bench, prefix):
+        monkeypatch.setattr(module, "measuring", lambda device=None: contextlib.nullcontext())
 
 
 @pytest.fixture
@@ -107,55 +107,17 @@ def test_weights_of_tokens(made, tokens):
     np.testing.assert_allclose(own.weights[names[2]], gradient_sizes(model, names[2:], tokens[:8]), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("readers", "stream"),
-    [
-        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None),
-        (("self_attn.o_proj",), "input_layernorm"),
-        (("mlp.down_proj",), "post_attention_layernorm"),
-    ],
-    ids=["inputs of attention", "output of attention", "down"],
-)
-def test_targets_are_least_squares(made, tokens, readers, stream):
-    """Against NumPy's solver: rows of both models' inputs, and of the damping that holds the weights."""
-    change = replace(bench.change_of("sequential-1-residual"), damping=0.02)
-    sequential = bench.Sequential(made, change, made.measure(change))
-    student = sequential.student.model
-    generator = torch.Generator().manual_seed(1)
-    for layer in made.layers[:8]:  # all of the first block and q of the second differ
-        weight = student.get_submodule(layer.module_name).weight
-        weight.add_(0.3 * weight.std() * torch.randn(weight.shape, generator=generator))
-    sequential.go_on(0)
-    names = tuple(f"{BLOCK}.{name}" for name in readers)
-    targets, metric = sequential.targets(1, names)
-
-    places = [names[0], *([f"{BLOCK}.{stream}"] if stream else [])]
-    x, y = (inputs(model, places, tokens[:8]) for model in (made.model, student))
-    u = gradient_sizes(made.model, names, tokens[:8])[:, None] ** 0.5
-    wide = u * y[names[0]]
-    damping = 0.02 * np.mean(wide**2) * len(wide)
-    columns = wide.shape[1]
-    np.testing.assert_allclose(
-        metric.plain, (wide.T @ wide + damping * np.eye(columns)) / (u**2).sum(), rtol=1e-4, atol=1e-6
-    )
-    for name, target in zip(names, targets, strict=True):
-        weight = made.model.get_submodule(name).weight.double().numpy()
-        wanted = x[names[0]] @ weight.T
-        if stream:
-            wanted += x[places[1]] - y[places[1]]
-        rows = np.concatenate([wide, math.sqrt(damping) * np.eye(columns)])
-        solution = np.linalg.lstsq(rows, np.concatenate([u * wanted, math.sqrt(damping) * weight.T]), rcond=None)[0].T
-        moved = np.abs(solution - weight).mean()
-        assert moved > 0.01 * np.abs(weight).mean()
-        np.testing.assert_allclose(target.numpy(), solution, atol=0.002 * moved)
-    half, _ = bench.Sequential.targets(with_correction(sequential, 0.5), 1, names)
-    weight = made.model.get_submodule(names[0]).weight
-    torch.testing.assert_close(half[0], (weight + targets[0]) / 2)
-
-
-def with_correction(sequential, correction):
-    sequential.change = replace(sequential.change, correction=correction)
-    return sequential
+def test_in_order(made, monkeypatch):
+    """Without a correction and with nothing quantized the targets are the weights, and the inputs the original's."""
+    change = bench.change_of("sequential-0")
+    measured = made.measure(change)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.Prefix, "put", lambda *_: None)
+        found = made.encode_in_order(change, measured, 0.0)
+    expected = made.encode_under(change, measured.curvatures)
+    assert found.keys() == expected.keys()
+    same = [np.mean(found[name].data == expected[name].data) for name in expected]
+    assert np.mean(same) > 0.99
 
 
 def test_ratio():

@@ -189,12 +189,13 @@ def test_conversion_in_little_memory_gives_the_same_file(tiny_model, options, tm
 def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, options, tmp_path, monkeypatch):
     whole, out, work = tmp_path / "whole.gguf", tmp_path / "out.gguf", tmp_path / "work"
     convert(tiny_model, whole, options())
-    put, made = finished.FinishedTensors.put, []
+    put, made, kinds = finished.FinishedTensors.put, [], {}
 
     def stop_at_sixth(self, name, kind, encoded):
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(name)
+        kinds[name] = kind
         put(self, name, kind, encoded)
 
     settings = options(work_dir=work, host_memory=host_memory)
@@ -202,7 +203,7 @@ def test_conversion_goes_on_where_it_was_cut_off(host_memory, tiny_model, option
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_model, out, settings)
     assert not out.exists() and len(list((work / "encoded").iterdir())) == 5
-    damaged = work / "encoded" / f"{made[0]}.A3.safetensors"
+    damaged = work / "encoded" / f"{made[0]}.{kinds[made[0]]}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     again = []
     monkeypatch.setattr(finished.FinishedTensors, "put", lambda *args: (again.append(args[1]), put(*args)))

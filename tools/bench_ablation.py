@@ -30,6 +30,8 @@ import torch
 
 from athena_gguf.calibration import Curvature, measure_curvature, text_windows
 from athena_gguf.calibration.precision import measuring
+from athena_gguf.calibration.prefix import Prefix, targets
+from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import all_of
 from athena_gguf.calibration.tokens import file_windows
 from athena_gguf.encode import Encoded, EncodeOptions, EncodePool, Metric, layer_metric
@@ -50,8 +52,8 @@ TUNED_DEFAULT = f"{DEFAULT}+{TUNED}"
 @dataclass(frozen=True)
 class Change:
     """What a line does otherwise. `tokens`: times those of the default; `power`: u_t = |g_t|^power; `own`: a curvature
-    for every layer, not for every input; `correction`: see `Sequential`, None: all layers under the original model's
-    inputs."""
+    for every layer, not for every input; `correction`: of athena_gguf.calibration.prefix, None: all layers under the
+    original model's inputs; `residual`: with its L."""
 
     labels: str = "text"
     tokens: float = 1.0
@@ -67,8 +69,6 @@ class Change:
     repeated: bool = False
 
 
-LLAMA = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # submodules of a block
-
 # Lines that share their calibration stand together: it is then measured once.
 CHANGES: dict[str, dict[str, Any]] = {
     DEFAULT: {},
@@ -79,6 +79,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sequential-0": {"correction": 0.0},
     "sequential-0.5": {"correction": 0.5},
     "sequential-1": {"correction": 1.0},
+    "sequential-0.25-residual": {"correction": 0.25, "residual": True},
+    "sequential-0.35-residual": {"correction": 0.35, "residual": True},
     "sequential-0.5-residual": {"correction": 0.5, "residual": True},
     "sequential-1-residual": {"correction": 1.0, "residual": True},
     "default-again": {"repeated": True},
@@ -102,6 +104,8 @@ MEANINGS = {
     "sequential-0": "curvature of the quantized prefix's inputs",
     "sequential-0.5": "the same, half the asymmetric correction",
     "sequential-1": "the same, the asymmetric correction (GPTAQ)",
+    "sequential-0.25-residual": "a quarter of the correction, for the residual stream's error too",
+    "sequential-0.35-residual": "0.35 of the correction, for the residual stream's error too (`--sequential`)",
     "sequential-0.5-residual": "half the correction, for the residual stream's error too",
     "sequential-1-residual": "the correction, for the residual stream's error too",
     "own": "a curvature for every layer (q, k, v, gate and up apart)",
@@ -221,7 +225,7 @@ class Bench:
             if change.correction is None:
                 found = self.encode_under(change, measured.curvatures)
             else:
-                found = Sequential(self, change, measured).run()
+                found = self.encode_in_order(change, measured, change.correction)
             self.encoded = change, found, time.monotonic() - start
         return self.encoded[1], self.encoded[2]
 
@@ -234,6 +238,36 @@ class Bench:
                 metric = self.metric(change, curvature.matrix, names[0])
                 weights = [by_name[name].module.weight for name in names]
                 found |= dict(zip(names, pool.submit_together(weights, metric, self.kind)(), strict=True))
+        return found
+
+    def encode_in_order(self, change: Change, measured: Measured, correction: float) -> dict[str, Encoded]:
+        """As athena_gguf.encode.in_order, of a model in memory."""
+        batch, memory = 2 if self.device.type == "cpu" else 16, Shelf(self.device, 1 << 62, 0, Path())
+        prefix = Prefix(self.blocks, self.open_copy(), self.layers, measured.windows, batch, memory)
+        by_name = {layer.tensor_name: layer for layer in self.layers}
+        by_block: dict[int, list[tuple[str, ...]]] = {}
+        for curvature in measured.curvatures:
+            names = curvature.about.tensor_names
+            by_block.setdefault(prefix.places[names[0]][0], []).append(names)
+        found: dict[str, Encoded] = {}
+        prefix.begin()
+        for index in range(max(by_block) + 1):
+            with prefix.block(index) as anatomy:
+                for names in by_block.get(index, []):
+                    modules = [prefix.places[name][1] for name in names]
+                    place = anatomy.streams.get(modules[0]) if change.residual else None
+                    moments = prefix.moments(index, modules[0], measured.weights[names[0]], place)
+                    wanted = targets(
+                        [by_name[n].module.weight.float() for n in names], moments, change.damping, correction
+                    )
+                    with self.pool(change) as pool:
+                        metric = self.metric(change, moments.h, names[0])
+                        encoded = pool.submit_together(wanted, metric, self.kind)()
+                    found |= dict(zip(names, encoded, strict=True))
+                    decoded = self.decode({name: found[name].data for name in names})
+                    for name, module in zip(names, modules, strict=True):
+                        prefix.put(index, module, decoded[name])
+                prefix.go_on(index)
         return found
 
     def pool(self, change: Change) -> EncodePool:
@@ -281,139 +315,6 @@ class Bench:
                 whole = divergence(self.model, student, windows.to(self.device))
                 found += whole[:, length // 2 : length - 1].double().mean(1).tolist()
         return found
-
-
-class _Read(Exception):
-    """Ends a block's run where the input that is asked for was read."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
-
-
-class Sequential:
-    """Layers in order, each under the inputs that it has behind the layers quantized before it (GPTAQ, Li et al. 2025).
-
-    With x the input of a layer in the original model, y that behind the quantized layers, and u from the original's
-    backward pass: H = sum u y y^T, C = sum u x y^T, and W + a W (C - H) (H + damping)^-1 is encoded under H. With a = 1
-    that is the linear regression of the original outputs on y, held at W by the damping. `residual`: layers that end
-    at the residual stream make up for its error too, with W C + sum u d y^T for W C, d what the stream lacks where
-    they add to it.
-    """
-
-    def __init__(self, bench: Bench, change: Change, measured: Measured) -> None:
-        self.bench, self.change, self.measured = bench, change, measured
-        self.teacher, self.student = bench.blocks, bench.open_copy()
-        self.batches = measured.windows.split(2 if bench.device.type == "cpu" else 16)
-        self.by_name = {layer.tensor_name: layer for layer in bench.layers}
-        with torch.no_grad():
-            # The inputs of the block that is next, by batch, in both models.
-            self.hidden = [[model.embed(b.to(bench.device)) for b in self.batches] for model in self.models]
-
-    def run(self) -> dict[str, Encoded]:
-        inner = {id(m): index for index, block in enumerate(self.teacher.blocks) for m in block.modules()}
-        by_block: dict[int, list[tuple[str, ...]]] = {}
-        for curvature in self.measured.curvatures:
-            names = curvature.about.tensor_names
-            by_block.setdefault(inner[id(self.by_name[names[0]].module)], []).append(names)
-        found: dict[str, Encoded] = {}
-        with torch.no_grad():
-            for index in range(max(by_block) + 1):
-                for names in by_block.get(index, []):
-                    encoded = self.encode(index, names)
-                    for name, weight in self.bench.decode({n: e.data for n, e in encoded.items()}).items():
-                        self.copy_of(name).weight.copy_(weight)
-                    found |= encoded
-                self.go_on(index)
-        return found
-
-    def go_on(self, index: int) -> None:
-        """From the inputs of a block to those of the next one."""
-        with measuring(), torch.no_grad():
-            for model, hidden in zip(self.models, self.hidden, strict=True):
-                for b, x in enumerate(hidden):
-                    hidden[b] = model.run(index, x)
-
-    @property
-    def models(self) -> tuple[BlockModel, BlockModel]:
-        return self.teacher, self.student
-
-    def copy_of(self, name: str) -> Any:
-        return self.by_name[name].of(self.student.model).module
-
-    def encode(self, index: int, names: tuple[str, ...]) -> dict[str, Encoded]:
-        """Tensors that read one input of a block."""
-        weights, metric = self.targets(index, names)
-        with self.bench.pool(self.change) as pool:
-            return dict(zip(names, pool.submit_together(weights, metric, self.bench.kind)(), strict=True))
-
-    def targets(self, index: int, names: tuple[str, ...]) -> tuple[list[torch.Tensor], Metric]:
-        """What is to be encoded for each of them [rows, columns]."""
-        h, difference, lacking = self.sums(index, names)
-        metric = self.bench.metric(self.change, h, names[0])
-        weights = [self.by_name[name].module.weight for name in names]
-        if self.change.correction:
-            damped = torch.linalg.cholesky(metric.plain.double())
-            for n, weight in enumerate(weights):
-                wanted = weight.double() @ difference.double()
-                if lacking is not None:
-                    wanted += lacking.double()
-                change = torch.cholesky_solve(wanted.T, damped).T
-                weights[n] = (weight.double() + self.change.correction * change).float()
-        return weights, metric
-
-    def sums(self, index: int, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """H and C - H [columns, columns] and, where the outputs are added to the residual stream, sum u d y^T [rows,
-        columns]; over sum u."""
-        device, of = self.bench.device, self.by_name[names[0]]
-        columns = of.module.weight.shape[1]
-        h, difference = (torch.zeros(columns, columns, device=device) for _ in range(2))
-        ends_at_stream = self.change.residual and self.stream(index, names[0]) is not None
-        lacking = torch.zeros(len(of.module.weight), columns, device=device) if ends_at_stream else None
-        u_of = self.measured.weights[names[0]].split([b.numel() for b in self.batches])
-        with measuring():
-            for b, u in enumerate(u_of):
-                x, y = (
-                    self.input(model, index, b, module)
-                    for model, module in zip(self.models, (of.module, self.copy_of(names[0])), strict=True)
-                )
-                h.addmm_((y * u[:, None]).T, y)
-                difference.addmm_(((x - y) * u[:, None]).T, y)
-                if lacking is not None:
-                    lacking.addmm_((self.lack(index, names[0], b) * u[:, None]).T, y)
-        total = self.measured.weights[names[0]].double().sum().float()
-        return (h + h.T) / (2 * total), difference / total, None if lacking is None else lacking / total
-
-    def input(self, model: BlockModel, index: int, batch: int, module: Any) -> torch.Tensor:
-        """What a module of a block reads [tokens, columns] as the model is now."""
-
-        def read(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            raise _Read(args[0])
-
-        handle = module.register_forward_pre_hook(read)
-        try:
-            model.run(index, self.hidden[self.models.index(model)][batch])
-        except _Read as found:
-            return found.x.flatten(0, -2).float()
-        finally:
-            handle.remove()
-        raise AthenaError(f"block {index} does not run its layer")
-
-    def stream(self, index: int, name: str) -> str | None:
-        """Where the stream that a layer adds to is read: the submodule of the block whose input it is, "" for the
-        block's own; None for layers that do not add to it."""
-        leaf = name.rpartition(".")[2]
-        if {n for n, _ in self.teacher.blocks[index].named_children()} != LLAMA:
-            raise AthenaError("the residual stream is known in blocks as Llama's only")
-        return {"o_proj": "", "down_proj": "post_attention_layernorm"}.get(leaf)
-
-    def lack(self, index: int, name: str, batch: int) -> torch.Tensor:
-        """What the quantized model's stream lacks there [tokens, rows]."""
-        place = self.stream(index, name)
-        if not place:
-            x, y = (hidden[batch].flatten(0, -2).float() for hidden in self.hidden)
-        else:
-            x, y = (self.input(m, index, batch, m.blocks[index].get_submodule(place)) for m in self.models)
-        return x - y
 
 
 def opened(model_dir: Path, device: torch.device) -> BlockModel:

@@ -136,7 +136,8 @@ class Part(Protocol):
 
 
 class LocalPart:
-    """A `Part` that this process works on: its share `windows` [windows, length], `batch_windows` of them at a time."""
+    """A `Part` that this process works on: its share `windows` [windows, length], `batch_windows` of them at a time.
+    `with_weights`: as of Collector, where it is the only one."""
 
     def __init__(
         self,
@@ -146,15 +147,17 @@ class LocalPart:
         batch_windows: int,
         labels: str = "text",
         seed: int = 0,
+        with_weights: bool = False,
     ) -> None:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
         self.probe = self.batches[0][:1, :8]
-        self.repeats = True
+        self.repeats, self.with_weights = True, with_weights
 
     def _collector(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> Collector:
         """Of these layers in this device's copy of the model."""
-        return Collector([layer.of(self.blocks.model) for layer in layers], probe)
+        layers = [layer.of(self.blocks.model) for layer in layers]
+        return Collector(layers, probe, with_weights=self.with_weights)
 
     def begin(self) -> None:
         import torch

@@ -66,6 +66,7 @@ class Curvature:
 
     matrix: torch.Tensor
     about: LayerInput
+    weights: torch.Tensor | None = None  # u of all tokens, window by window, where they were asked for
 
 
 @dataclass
@@ -93,7 +94,9 @@ _TOTALS = ("sum_xx", "sum_u", "sum_uu", "sum_squares")
 class _Input:
     """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
 
-    def __init__(self, layers: Sequence[LinearLayer], matrix: torch.Tensor, weigh: Weigh) -> None:
+    def __init__(
+        self, layers: Sequence[LinearLayer], matrix: torch.Tensor, weigh: Weigh, with_weights: bool = False
+    ) -> None:
         """`matrix` [columns, columns]: zeros, where the sum goes."""
         import torch
 
@@ -107,6 +110,7 @@ class _Input:
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_squares = torch.zeros(self.readers, dtype=torch.float64, device=device)
         self.tokens = 0
+        self.weights: list[torch.Tensor] | None = [] if with_weights else None
         self.clear()
 
     def clear(self) -> None:
@@ -132,25 +136,28 @@ class _Input:
     def add(self) -> None:
         u = self.weigh(self.names, self.norms)
         add_products(self.sum_xx, self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None])
+        if self.weights is not None:
+            self.weights.append(u.float().cpu())
         self.sum_u += u.double().sum()
         self.sum_uu += u.double().square().sum()
         self.tokens += u.numel()
         self.clear()
 
 
-def add_products(total: torch.Tensor, x: torch.Tensor) -> None:
-    """To `total` [columns, columns], the sum over tokens of x_t x_t^T, `x` [tokens, columns] float32.
+def add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    """To `total` [rows, columns], the sum over tokens of x_t y_t^T, `x` [tokens, rows] and `y` [tokens, columns] in
+    float32; without `y` of x_t x_t^T.
 
-    On a GPU x is rounded to bfloat16, the products are added up in float32. That is the sum for inputs that are off by
-    up to 1/256 of themselves: a positive semidefinite matrix, whose errors are far below the damping.
+    On a GPU both are rounded to bfloat16, the products are added up in float32. That is the sum for inputs that are off
+    by up to 1/256 of themselves: of x_t x_t^T a positive semidefinite matrix, whose errors are far below the damping.
     """
     import torch
 
     if mixed(x.device):
-        x = x.bfloat16()
-        torch.addmm(total, x.T, x, out_dtype=torch.float32, out=total)
+        x, y = x.bfloat16(), None if y is None else y.bfloat16()
+        torch.addmm(total, x.T, x if y is None else y, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(x.T, x)
+        total.addmm_(x.T, x if y is None else y)
 
 
 class _ExpertInputs:
@@ -221,11 +228,19 @@ class Collector:
     """Sums up the curvatures of the inputs of `layers` while it is entered and batches run forward and backward.
 
     Layers that read the same tensor share one curvature. `probe` runs a few tokens through the layers without
-    gradients; those that do not run in it, or several times, get no curvature.
+    gradients; those that do not run in it, or several times, get no curvature. `with_weights`: the curvatures have
+    their tokens' weights u, but for experts' inputs.
     """
 
-    def __init__(self, layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh = tempered) -> None:
-        self.inputs = _group([layer for layer in layers if not isinstance(layer.module, ExpertLayers)], probe, weigh)
+    def __init__(
+        self,
+        layers: Sequence[LinearLayer],
+        probe: Callable[[], object],
+        weigh: Weigh = tempered,
+        with_weights: bool = False,
+    ) -> None:
+        single = [layer for layer in layers if not isinstance(layer.module, ExpertLayers)]
+        self.inputs = _group(single, probe, weigh, with_weights)
         experts: dict[tuple[int, str], list[LinearLayer]] = {}
         for layer in layers:
             if isinstance(layer.module, ExpertLayers):
@@ -312,18 +327,21 @@ def measure_curvature(
     advance: Callable[[float], None] = lambda tokens: None,
     lookup: Lookup | None = None,
     weigh: Weigh = tempered,
+    with_weights: bool = False,
 ) -> list[Curvature]:
     """Curvatures of the inputs of `layers`, over `windows` [windows, length] of token ids; `lookup` is filled in too.
 
     `labels`: "text" takes the next token of the window as the label of the loss, "sampled" draws it from the model's
     own prediction. `advance` is called with the tokens done; `weigh` gives the u_t of a batch's tokens, window by
-    window. Raises AthenaError naming the tensor if a curvature is not finite.
+    window; `with_weights`: see Collector. Raises AthenaError naming the tensor if a curvature is not finite.
     """
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    collector = Collector(layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False), weigh)
+    collector = Collector(
+        layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False), weigh, with_weights
+    )
     rows = RowPower(device)
     handle = require_gradients(model, rows)
     try:
@@ -350,16 +368,19 @@ def not_finite(collector: Collector | None) -> AthenaError:
 
 
 def _finish(group: _Input) -> Curvature:
+    import torch
+
     total = float(group.sum_u)
     if total == 0:
         raise _no_gradient(group.names[0])
-    return _checked(
+    found = _checked(
         group.sum_xx.div_(total),
         group.names,
         tokens=group.tokens,
         effective_tokens=total**2 / float(group.sum_uu),
         gradient_squares=tuple((group.sum_squares / group.tokens).tolist()),
     )
+    return found if group.weights is None else replace(found, weights=torch.cat(group.weights))
 
 
 def _no_gradient(name: str) -> AthenaError:
@@ -420,7 +441,7 @@ def require_gradients(model: Any, rows: RowPower) -> Any:
 
 
 def _group(
-    layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh
+    layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh, with_weights: bool
 ) -> list[tuple[_Input, list[LinearLayer]]]:
     """Layers that read the same tensor, found by running a few tokens; without those that run more than once."""
     import torch
@@ -444,7 +465,7 @@ def _group(
             handle.remove()
     groups = [(x, [m for m in members if runs[m.module_name] == 1]) for x, members in seen.values()]
     return [
-        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device), weigh), members)
+        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device), weigh, with_weights), members)
         for x, members in groups
         if members
     ]

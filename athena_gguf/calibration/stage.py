@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.blockwise import Passes
+    from athena_gguf.calibration.prefix import Prefix
     from athena_gguf.cards import Card
     from athena_gguf.conversion import ConvertOptions
     from athena_gguf.model import LinearLayer
@@ -119,7 +120,7 @@ class _Beside:
 @dataclass
 class Stage:
     """What the calibration works with. `window`: tokens of a window. `timed(name, beside)` is a context that adds to a
-    stage's time. `cards`: of the `devices` but the first."""
+    stage's time. `cards`: of the `devices` but the first. `with_weights`: curvatures have their tokens' weights."""
 
     model_dir: Path
     base_path: Path
@@ -131,6 +132,7 @@ class Stage:
     window: int
     timed: Callable[..., AbstractContextManager[None]]
     cards: Sequence[Card] = ()
+    with_weights: bool = False
     taken: int = field(default=0, init=False)
     beside: _Beside | None = field(default=None, init=False)
 
@@ -293,7 +295,15 @@ class Stage:
 
         def measured() -> list[Curvature]:
             with measuring(self.device):
-                return measure_curvature(model, layers, run.windows, batch, advance=run.advance, lookup=lookup)
+                return measure_curvature(
+                    model,
+                    layers,
+                    run.windows,
+                    batch,
+                    advance=run.advance,
+                    lookup=lookup,
+                    with_weights=self.with_weights,
+                )
 
         return repeated(measured)
 
@@ -346,9 +356,32 @@ class Stage:
             disk = partial(_given_once, before_files, iter([later]))
             others.append(RemotePart(card, part, batch, room, now, self.work / f"shelf{n}", disk))
             exits.callback(others[-1].close)
-        passes = Passes(LocalPart(model, shelf, share, batch), windows.numel(), advance, others)
+        first = LocalPart(model, shelf, share, batch, with_weights=self.with_weights)
+        passes = Passes(first, windows.numel(), advance, others)
         exits.callback(passes.close)
         return passes
+
+    @contextmanager
+    def prefix(self) -> Iterator[Prefix]:
+        """The model twice, to go through its blocks in order, on the first device."""
+        from athena_gguf.calibration.blockwise import largest_batch
+        from athena_gguf.calibration.prefix import Prefix, open_for_prefix
+        from athena_gguf.calibration.shelf import Shelf
+
+        windows = self.kept_windows(lambda: None)
+        on_cpu = self.device.type == "cpu"
+        memory = self._host if on_cpu else self.memory.device
+        batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
+        with shortage_named(self.device):
+            original, quantized = (open_for_prefix(self.model_dir, self.plan, self.device) for _ in range(2))
+            assert original is not None and quantized is not None
+            taken = 2 * self._working_bytes(batch) + original.resident_bytes + quantized.resident_bytes
+            shelf = Shelf(self.device, max(0, memory - taken), 0 if on_cpu else self._host, self.work / "shelf")
+            try:
+                layers = self._layers(original.model, original.columns)
+                yield Prefix(original, quantized, layers, windows, batch, shelf)
+            finally:
+                shelf.close()
 
     @cached_property
     def _widest(self) -> int:

@@ -46,18 +46,21 @@ class Calibration:
         """Whether everything was measured before, by this process or another; what is kept of it may be damaged."""
         return (self.folder / "complete.json").exists()
 
-    def stream(self, finished: Collection[str] = (), pause: Callable[[], None] = lambda: None) -> Iterator[Curvature]:
+    def stream(
+        self, finished: Collection[str] = (), pause: Callable[[], None] = lambda: None, with_weights: bool = False
+    ) -> Iterator[Curvature]:
         """Every curvature but those whose tensors are all `finished`: those that are kept, then the others as they are
-        measured."""
+        measured. `with_weights`: those that are kept without their tokens' weights are measured again."""
         self.inputs = []
         known = set(finished)
         for path, about in _known(self.folder):
             if known.issuperset(about.tensor_names):
                 self.inputs.append(about)
-            elif (matrix := _load(_matrix(path), about.columns)) is not None:
+            elif (found := _load(_matrix(path), about, with_weights)) is not None:
                 self.inputs.append(about)
                 known.update(about.tensor_names)
-                yield Curvature(matrix, about)
+                yield found
+                del found
             else:  # measured again from all that read the input, of which some may be finished
                 known.difference_update(about.tensor_names)
         done = _read(self.folder / "complete.json") or {"absent": [], "lookup": None}
@@ -83,9 +86,12 @@ class Calibration:
         path = self._path(curvature.about.tensor_names[0])
         if self.keep:
             try:
-                require_space(self.folder, curvature.matrix.nbytes, "the measured curvature")
+                tensors = {"matrix": curvature.matrix.cpu().contiguous()}
+                if curvature.weights is not None:
+                    tensors["weights"] = curvature.weights
+                require_space(self.folder, sum(t.nbytes for t in tensors.values()), "the measured curvature")
                 with temporary_beside(_matrix(path)) as temporary:
-                    save_file({"matrix": curvature.matrix.cpu().contiguous()}, temporary)
+                    save_file(tensors, temporary)
             except (AthenaError, OSError) as error:
                 self.keep = False
                 progress.note(f"warning: the curvature is not kept for further conversions: {error}")
@@ -95,8 +101,8 @@ class Calibration:
 def kept_curvatures(folder: Path) -> Iterator[Curvature]:
     """Those that a conversion left in the folder `curvature` of its work directory."""
     for path, about in _known(folder):
-        if (matrix := _load(_matrix(path), about.columns)) is not None:
-            yield Curvature(matrix, about)
+        if (found := _load(_matrix(path), about)) is not None:
+            yield found
 
 
 def _known(folder: Path) -> Iterator[tuple[Path, LayerInput]]:
@@ -110,15 +116,19 @@ def _matrix(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
-def _load(path: Path, columns: int):  # type: ignore[no-untyped-def]
-    """The matrix, or those of experts, of a file; None if there is none or it is damaged."""
+def _load(path: Path, about: LayerInput, with_weights: bool = False) -> Curvature | None:
+    """What a file holds; None if there is none, it is damaged, or has not the weights that are asked for."""
     from safetensors.torch import load_file
 
     try:
-        matrix = load_file(path)["matrix"]
+        kept = load_file(path)
+        found = Curvature(kept["matrix"], about, kept.get("weights"))
     except Exception:  # absent, or whatever a damaged file raises: measure again
         return None
-    return matrix if tuple(matrix.shape[-2:]) == (columns, columns) else None
+    if tuple(found.matrix.shape[-2:]) != (about.columns, about.columns):
+        return None
+    single = found.matrix.ndim == 2  # experts' inputs have none
+    return None if with_weights and single and found.weights is None else found
 
 
 def _about(content: object) -> LayerInput | None:

@@ -16,6 +16,7 @@ from athena_gguf.memory import cores
 if TYPE_CHECKING:
     import torch
 
+    from athena_gguf.calibration.prefix import Prefix
     from athena_gguf.calibration.store import Calibration
     from athena_gguf.cards import Card
     from athena_gguf.cluster import Cluster
@@ -40,17 +41,23 @@ def encode_tensors(
     overlap: bool = True,
     cluster: Cluster | None = None,
     cards: Sequence[Card] = (),
+    prefix: Callable[[], AbstractContextManager[Prefix]] | None = None,
 ) -> FinishedTensors:
     """Every tensor of `plan.encoded`, as the curvatures come, and every one of `plan.standard` meanwhile; those that an
     earlier conversion finished are taken from `folder`. `overlap`: the devices have memory enough to encode while the
-    next curvatures are measured. `cluster`: encodes, instead of this process; `cards`: beside it. Raises AthenaError
+    next curvatures are measured. `cluster`: encodes, instead of this process; `cards`: beside it. `prefix` opens
+    what gives blocks' tensors the inputs under which they are encoded in order, after all else. Raises AthenaError
     naming the tensor if its curvature is none, or if the disk has no room."""
     from athena_gguf.calibration import store
+    from athena_gguf.calibration.prefix import CORRECTION
     from athena_gguf.encode import EncodeOptions, finished
+    from athena_gguf.encode.in_order import InOrder
     from athena_gguf.gguf_file import GGUFFile
 
     settings = EncodeOptions()
-    key = store.derived_fingerprint(calibration.key, [base_path], finished.METHOD, vars(settings))
+    # In order, what is encoded depends on all that was encoded before.
+    sequence = () if prefix is None else (CORRECTION, plan.encoded, plan.standard)
+    key = store.derived_fingerprint(calibration.key, [base_path], finished.METHOD, vars(settings), *sequence)
     done = finished.FinishedTensors(folder, key)
     found = {name for name, kind in (plan.encoded | plan.standard).items() if done.find(name, kind)}
     if found:
@@ -77,7 +84,8 @@ def encode_tensors(
         if found:
             advance(sum(plan.elements(name) for name in found if name in plan.encoded))
         standard = [name for name in plan.standard if name not in found]
-        if on_gpu:
+        order = None if prefix is None else InOrder(prefix, plan, base, settings, writer, timed)
+        if on_gpu or order is not None:
             writer.quantize(standard)
         for name in plan.encoded:
             if name not in plan.curved and name not in found:  # embeddings that only look up rows
@@ -86,9 +94,9 @@ def encode_tensors(
                     queue.add(None, [name])
         needed = set(plan.encoded) - found
         known = found if calibration.keep else plan.curved - needed
-        for curvature in calibration.stream(known, queue.pause):
+        for curvature in calibration.stream(known, queue.pause, with_weights=order is not None):
             names = [name for name in curvature.about.tensor_names if name in plan.encoded]
-            if not needed.isdisjoint(names):
+            if not needed.isdisjoint(names) and not (order and order.take(curvature, names)):
                 with timed("encoding"):
                     advance(0)
                     queue.add(curvature.matrix, names if on_gpu else [name for name in names if name in needed])
@@ -98,7 +106,10 @@ def encode_tensors(
             plan.keep_standard(name, NOT_FED)
         with timed("encoding"):
             queue.drain()
-            writer.quantize(absent if on_gpu else [*standard, *absent])
+            writer.quantize(absent if on_gpu or order else [*standard, *absent])
+        if order is not None:
+            order.run()
+        with timed("encoding"):
             writer.drain()
     return done
 

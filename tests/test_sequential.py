@@ -1,0 +1,193 @@
+"""Encoding in order: the targets solve the least-squares problems that they are for, of the inputs that layers really
+have behind the tensors of the file."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import tiny_model as tiny
+import torch
+
+from athena_gguf.calibration import measure_curvature, precision, prefix
+from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.conversion import ConvertOptions, convert
+from athena_gguf.encode import EncodeOptions, encode_matrix
+from athena_gguf.errors import UsageError
+from athena_gguf.format import TYPES, decode_rows
+from athena_gguf.gguf_file import GGUFFile
+from athena_gguf.model import LinearLayer, load_model
+from athena_gguf.model.blocks import open_blocks
+from athena_gguf.tune.student import row_order
+
+CPU = torch.device("cpu")
+BLOCK = "model.layers.1"
+READERS = [
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None),
+    (("self_attn.o_proj",), "input_layernorm"),
+    (("mlp.gate_proj", "mlp.up_proj"), None),
+    (("mlp.down_proj",), "post_attention_layernorm"),
+]
+FILE_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture
+def exact_products(monkeypatch):
+    for module in (prefix, precision):
+        monkeypatch.setattr(module, "measuring", lambda device=None: contextlib.nullcontext())
+
+
+def inputs(model, names, tokens):
+    """What modules read [tokens, columns] in float64, by hooks on the whole model."""
+    found = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found.update({name: args[0].detach().flatten(0, 1).double().numpy()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def regression(x, y, u, lack, weights, damping):
+    """For each of `weights` [rows, columns] the matrix V that minimizes sum u |W x + lack - V y|^2 + damping |V - W|^2,
+    by NumPy's solver; `damping` relative to the mean diagonal of sum u y y^T."""
+    root = np.sqrt(u)[:, None]
+    wide = root * y
+    damping *= np.mean(wide**2) * len(wide)
+    rows = np.concatenate([wide, math.sqrt(damping) * np.eye(y.shape[1])])
+    found = []
+    for weight in weights:
+        wanted = x @ weight.T + (0 if lack is None else lack)
+        sides = np.concatenate([root * wanted, math.sqrt(damping) * weight.T])
+        found.append(np.linalg.lstsq(rows, sides, rcond=None)[0].T)
+    return found
+
+
+def linear_layers(model):
+    return [LinearLayer(name, name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize(("readers", "stream"), READERS, ids=["attention", "its output", "inner", "down"])
+def test_targets_are_least_squares(tiny_model, exact_products, tmp_path, readers, stream):
+    tokens = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+    model, student = (load_model(tiny_model, CPU, torch.float32) for _ in range(2))
+    names = [f"{BLOCK}.{name}" for name in readers]
+    layers = [layer for layer in linear_layers(model) if layer.module_name in names]
+    (curvature,) = measure_curvature(model, layers, tokens, 3, with_weights=True)
+    u = curvature.weights
+
+    models = [open_blocks(tiny_model, CPU, torch.float32) for _ in range(2)]
+    run = prefix.Prefix(*models, linear_layers(models[0].model), tokens, 3, Shelf(CPU, 100_000, 0, tmp_path / "shelf"))
+    run.begin()
+    generator = torch.Generator().manual_seed(1)
+
+    def disturb(index, module):
+        weight = student.get_submodule(f"model.layers.{index}.{module}").weight
+        weight.add_(0.3 * weight.std() * torch.randn(weight.shape, generator=generator))
+        run.put(index, module, weight)
+
+    with run.block(0) as anatomy:
+        assert anatomy.order == tuple(FILE_NAMES)
+        assert anatomy.streams == {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
+        for module in FILE_NAMES:
+            disturb(0, module)
+        run.go_on(0)
+    with run.block(1) as anatomy:
+        if stream:
+            disturb(1, "self_attn.q_proj")
+        first = readers[0]
+        moments = run.moments(1, first, u, anatomy.streams.get(first), last=True)
+        weights = [run.weight(1, name).float() for name in readers]
+        found = prefix.targets(weights, moments, 0.02, correction=1.0)
+        half = prefix.targets(weights, moments, 0.02, correction=0.5)
+
+    places = [names[0], *([f"{BLOCK}.{stream}"] if stream else [])]
+    x, y = (inputs(m, places, tokens) for m in (model, student))
+    lack = x[places[1]] - y[places[1]] if stream else None
+    known = [weight.double().numpy() for weight in weights]
+    expected = regression(x[names[0]], y[names[0]], u.double().numpy(), lack, known, 0.02)
+    for target, part, weight, solution in zip(found, half, weights, expected, strict=True):
+        moved = np.abs(solution - weight.numpy()).mean()
+        assert moved > 0.01 * weight.abs().mean()
+        np.testing.assert_allclose(target.numpy(), solution, atol=0.002 * moved)
+        torch.testing.assert_close(part, (weight + target) / 2)
+
+
+def test_conversion(tiny_model, tiny_base, options, short_windows, exact_products, monkeypatch, tmp_path):
+    """Each tensor is the encoding of what the tensors before it in the file leave to be done (q and k are there in
+    another order of rows)."""
+    kept = {}
+    real = prefix.Prefix.begin
+    monkeypatch.setattr(prefix.Prefix, "begin", lambda self: (kept.update(tokens=torch.cat(self.batches)), real(self)))
+    convert(tiny_model, tmp_path / "out.gguf", options())
+    tokens = kept["tokens"]
+    model, behind = (load_model(tiny_model, CPU, torch.float32) for _ in range(2))
+    curvatures = {}
+    for layer_group in measure_curvature(model, linear_layers(model), tokens, 2, with_weights=True):
+        curvatures |= dict.fromkeys(layer_group.about.tensor_names, layer_group)
+    with GGUFFile(tmp_path / "out.gguf") as file, GGUFFile(tiny_base) as base:
+        assert file.metadata["athena.sequential"] is True
+        for index in range(2):
+            for readers, stream in READERS:
+                names = [f"model.layers.{index}.{name}" for name in readers]
+                places = [names[0], *([f"model.layers.{index}.{stream}"] if stream else [])]
+                x, y = (inputs(m, places, tokens) for m in (model, behind))
+                lack = x[places[1]] - y[places[1]] if stream else None
+                u = curvatures[names[0]].weights.double().numpy()
+                weights = [model.get_submodule(name).weight.double().numpy() for name in names]
+                wanted = regression(x[names[0]], y[names[0]], u, lack, weights, EncodeOptions.damping)
+                h = torch.from_numpy((y[names[0]] * u[:, None]).T @ y[names[0]] / u.sum()).float()
+                for name, weight, solution in zip(names, weights, wanted, strict=True):
+                    tensor_name = f"blk.{index}.{FILE_NAMES[name.removeprefix(f'model.layers.{index}.')]}.weight"
+                    order = row_order(base.tensors[tensor_name].to_float32(), weight.astype(np.float32))
+                    target = np.empty_like(weight)
+                    target[order] = weight + prefix.CORRECTION * (solution - weight)
+                    expected = encode_matrix(torch.from_numpy(target).float(), h, TYPES["A3"], EncodeOptions())
+                    got = file.tensors[tensor_name]
+                    # Sums in another order take some rows along another path, as good as this one.
+                    losses = []
+                    for data in (got.data, expected.data):
+                        off = target - decode_rows(TYPES["A3"], data, target.shape[1])
+                        losses.append(np.einsum("ri,ij,rj->", off, h.double().numpy(), off))
+                    assert losses[0] == pytest.approx(losses[1], rel=0.02), tensor_name
+                    module = behind.get_submodule(name)
+                    module.weight.copy_(torch.from_numpy(got.to_float32()[order]))
+
+
+def test_kept_without_weights(tiny_model, options, tmp_path, short_windows):
+    """What a conversion on its own kept does for one in order only where it has the tokens' weights."""
+    results = {}
+    for name, sequential, work in (("a", True, "one"), ("b", False, "two"), ("c", True, "two"), ("d", False, "one")):
+        (tmp_path / work).mkdir(exist_ok=True)
+        out = tmp_path / f"{name}.gguf"
+        convert(tiny_model, out, options(sequential=sequential, work_dir=tmp_path / work))
+        results[name] = out.read_bytes()
+    assert results["a"] == results["c"] and results["b"] == results["d"]
+    assert results["a"] != results["b"]
+
+
+def test_experts_stay_on_their_own(text, short_windows, tmp_path, capsys):
+    model = tiny.make(tmp_path / "model", "Mixtral", num_local_experts=2, num_experts_per_tok=1)
+    options = ConvertOptions(type="A2", calibration=(str(text),), calibration_tokens=512, device="cpu", sequential=True)
+    convert(model, tmp_path / "out.gguf", options)
+    assert "--sequential is not possible" in capsys.readouterr().err
+    with GGUFFile(tmp_path / "out.gguf") as file:
+        assert file.metadata["athena.sequential"] is False
+
+
+def test_not_on_a_cluster():
+    with pytest.raises(UsageError, match="leave --ray out"):
+        ConvertOptions(sequential=True, ray="auto").check()
