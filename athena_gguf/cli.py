@@ -224,7 +224,7 @@ def convert(
         bool | None,
         typer.Option(
             "--sequential/--no-sequential",
-            help="Encode layers in order, each under the inputs behind those before. \\[default: on a CPU]",
+            help="Encode layers in order, each behind those before. \\[default: on a CPU]",
         ),
     ] = None,
     tune: Annotated[
