@@ -137,7 +137,7 @@ class Part(Protocol):
 
 class LocalPart:
     """A `Part` that this process works on: its share `windows` [windows, length], `batch_windows` of them at a time.
-    `with_weights`: as of Collector, where it is the only one."""
+    `with_weights`: the curvatures have them, where this is the only part."""
 
     def __init__(
         self,
@@ -152,12 +152,12 @@ class LocalPart:
         self.blocks, self.shelf, self.labels, self.seed = blocks, shelf, labels, seed
         self.batches = [batch.to(blocks.device) for batch in windows.split(batch_windows)]
         self.probe = self.batches[0][:1, :8]
-        self.repeats, self.with_weights = True, with_weights
+        self.repeats, self.weights_of = True, windows.numel() if with_weights else 0
 
     def _collector(self, layers: Sequence[LinearLayer], probe: Callable[[], object]) -> Collector:
         """Of these layers in this device's copy of the model."""
         layers = [layer.of(self.blocks.model) for layer in layers]
-        return Collector(layers, probe, with_weights=self.with_weights)
+        return Collector(layers, probe, weights_of=self.weights_of)
 
     def begin(self) -> None:
         import torch

@@ -94,10 +94,8 @@ _TOTALS = ("sum_xx", "sum_u", "sum_uu", "sum_squares")
 class _Input:
     """Collects one layer input and the squared gradient norms of its readers over a batch, then adds to the sums."""
 
-    def __init__(
-        self, layers: Sequence[LinearLayer], matrix: torch.Tensor, weigh: Weigh, with_weights: bool = False
-    ) -> None:
-        """`matrix` [columns, columns]: zeros, where the sum goes."""
+    def __init__(self, layers: Sequence[LinearLayer], matrix: torch.Tensor, weigh: Weigh, weights_of: int = 0) -> None:
+        """`matrix` [columns, columns]: zeros, where the sum goes. `weights_of`: tokens whose u is kept."""
         import torch
 
         device = matrix.device
@@ -110,7 +108,8 @@ class _Input:
         self.sum_uu = torch.zeros((), dtype=torch.float64, device=device)
         self.sum_squares = torch.zeros(self.readers, dtype=torch.float64, device=device)
         self.tokens = 0
-        self.weights: list[torch.Tensor] | None = [] if with_weights else None
+        # Made once: small tensors that stay, between large ones that come and go, would tear the heap to pieces.
+        self.weights = torch.empty(weights_of) if weights_of else None
         self.clear()
 
     def clear(self) -> None:
@@ -137,7 +136,7 @@ class _Input:
         u = self.weigh(self.names, self.norms)
         add_products(self.sum_xx, self.x.reshape(-1, self.x.shape[-1]).float() * u.sqrt()[:, None])
         if self.weights is not None:
-            self.weights.append(u.float().cpu())
+            self.weights[self.tokens : self.tokens + u.numel()] = u
         self.sum_u += u.double().sum()
         self.sum_uu += u.double().square().sum()
         self.tokens += u.numel()
@@ -228,8 +227,8 @@ class Collector:
     """Sums up the curvatures of the inputs of `layers` while it is entered and batches run forward and backward.
 
     Layers that read the same tensor share one curvature. `probe` runs a few tokens through the layers without
-    gradients; those that do not run in it, or several times, get no curvature. `with_weights`: the curvatures have
-    their tokens' weights u, but for experts' inputs.
+    gradients; those that do not run in it, or several times, get no curvature. `weights_of`: so many tokens run, whose
+    weights u the curvatures have, but for experts' inputs; 0 for none.
     """
 
     def __init__(
@@ -237,10 +236,10 @@ class Collector:
         layers: Sequence[LinearLayer],
         probe: Callable[[], object],
         weigh: Weigh = tempered,
-        with_weights: bool = False,
+        weights_of: int = 0,
     ) -> None:
         single = [layer for layer in layers if not isinstance(layer.module, ExpertLayers)]
-        self.inputs = _group(single, probe, weigh, with_weights)
+        self.inputs = _group(single, probe, weigh, weights_of)
         experts: dict[tuple[int, str], list[LinearLayer]] = {}
         for layer in layers:
             if isinstance(layer.module, ExpertLayers):
@@ -333,14 +332,15 @@ def measure_curvature(
 
     `labels`: "text" takes the next token of the window as the label of the loss, "sampled" draws it from the model's
     own prediction. `advance` is called with the tokens done; `weigh` gives the u_t of a batch's tokens, window by
-    window; `with_weights`: see Collector. Raises AthenaError naming the tensor if a curvature is not finite.
+    window; `with_weights`: the curvatures have them. Raises AthenaError naming the tensor if a curvature is not finite.
     """
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    probe = windows[:1, :8].to(device)
     collector = Collector(
-        layers, lambda: model(input_ids=windows[:1, :8].to(device), use_cache=False), weigh, with_weights
+        layers, lambda: model(input_ids=probe, use_cache=False), weigh, windows.numel() if with_weights else 0
     )
     rows = RowPower(device)
     handle = require_gradients(model, rows)
@@ -368,8 +368,6 @@ def not_finite(collector: Collector | None) -> AthenaError:
 
 
 def _finish(group: _Input) -> Curvature:
-    import torch
-
     total = float(group.sum_u)
     if total == 0:
         raise _no_gradient(group.names[0])
@@ -380,7 +378,7 @@ def _finish(group: _Input) -> Curvature:
         effective_tokens=total**2 / float(group.sum_uu),
         gradient_squares=tuple((group.sum_squares / group.tokens).tolist()),
     )
-    return found if group.weights is None else replace(found, weights=torch.cat(group.weights))
+    return replace(found, weights=group.weights)
 
 
 def _no_gradient(name: str) -> AthenaError:
@@ -441,7 +439,7 @@ def require_gradients(model: Any, rows: RowPower) -> Any:
 
 
 def _group(
-    layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh, with_weights: bool
+    layers: Sequence[LinearLayer], probe: Callable[[], object], weigh: Weigh, weights_of: int
 ) -> list[tuple[_Input, list[LinearLayer]]]:
     """Layers that read the same tensor, found by running a few tokens; without those that run more than once."""
     import torch
@@ -465,7 +463,7 @@ def _group(
             handle.remove()
     groups = [(x, [m for m in members if runs[m.module_name] == 1]) for x, members in seen.values()]
     return [
-        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device), weigh, with_weights), members)
+        (_Input(members, torch.zeros(x.shape[-1], x.shape[-1], device=x.device), weigh, weights_of), members)
         for x, members in groups
         if members
     ]
