@@ -44,6 +44,26 @@ def test_a_file_equals_itself(runtime, tiny_base, text):
     assert found.windows == 2 and found.bytes == tiny_base.stat().st_size
 
 
+def test_ratio_of_unlikely_text(runtime, tiny_base, text, tmp_path):
+    """The kept logits do not reach down to tokens e^16 times less likely than the first; the perplexity does."""
+    loud, logits, stamp = tmp_path / "loud.gguf", tmp_path / "logits", tmp_path / "logits.json"
+    with GGUFFile(tiny_base) as base:
+        norm = 40 * base.tensors["output_norm.weight"].to_float32()
+    write_quantized(
+        tiny_base, loud, {"output_norm.weight": Replacement("F32", lambda: quantize(norm, "F32"))}, {}, file_type=32
+    )
+    first = evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2)
+    assert first.ppl_base == pytest.approx(first.ppl, rel=1e-3) and first.ppl_ratio == pytest.approx(1, abs=1e-3)
+    assert first.ppl > 1e6  # so there are such tokens
+    made = stamp.stat().st_mtime_ns
+    again = evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2)
+    assert again.ppl_base == first.ppl_base and stamp.stat().st_mtime_ns == made
+    old = json.loads(stamp.read_text())
+    del old["ppl"]  # as earlier versions left it
+    stamp.write_text(json.dumps(old))
+    assert evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2).ppl_base == first.ppl_base
+
+
 def test_perplexity_is_that_of_torch(runtime, tiny_model, tiny_base, text):
     import torch
     import transformers

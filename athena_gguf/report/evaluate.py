@@ -23,6 +23,7 @@ WINDOW = 512  # tokens; the second half of each is scored
 DEFAULT_WINDOWS = 60
 _LOGITS_MAGIC = b"_logits_"
 _NUMBER = r"\s*([-+\d.einfa]+)"
+_ESTIMATE = re.compile(rf"Final estimate: PPL ={_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def evaluate(
         )
     with tempfile.TemporaryDirectory(prefix="athena-eval-") as scratch:
         logits = base_logits or Path(scratch, "logits")
-        _prepare_logits(logits, make, base, text, text_hash, windows, size)
+        ppl_base = _prepare_logits(logits, make, base, text, text_hash, windows, size)
         start = time.monotonic()
         compare = [str(perplexity), "-m", str(file), "--kl-divergence", "--kl-divergence-base", str(logits), *common]
         with progress.stage(f"Comparing {file.name}"):
@@ -112,6 +113,8 @@ def evaluate(
     chunks = re.search(r"computing over (\d+) chunks", said)
     if found is None or chunks is None:
         raise AthenaError(f"llama-perplexity could not compare {file} with {base}: {complaint(said)}")
+    # The logits that are kept end at 16 below the largest, and so do the losses of unlikely tokens that come of them.
+    found |= {"ppl_base": ppl_base, "ppl_ratio": found["ppl"] / ppl_base}
     return Evaluation(bytes=n_bytes, bpw=bpw, windows=int(chunks[1]), seconds=seconds, **found)
 
 
@@ -157,9 +160,9 @@ def _too_short(text: Path) -> AthenaError:
 
 def _prepare_logits(
     logits: Path, make: list[str], base: Path, text: Path, text_hash: str, windows: int, size: int
-) -> None:
+) -> float:
     """Let the base file's logits of `text` be in `logits`; a file beside it says what they were made of. Says so if the
-    text has fewer windows than asked for."""
+    text has fewer windows than asked for. Returns the base file's perplexity."""
     stat = base.stat()
     inputs = {"text": text_hash, "windows": windows}
     wanted = inputs | {"base": str(base.absolute()), "base_bytes": stat.st_size, "base_mtime_ns": stat.st_mtime_ns}
@@ -169,9 +172,11 @@ def _prepare_logits(
             if handle.read(len(_LOGITS_MAGIC)) != _LOGITS_MAGIC:
                 raise AthenaError(f"{logits} exists and holds no logits; give --base-logits another name")
         try:
-            if json.loads(stamp.read_text()) == wanted:
-                return
-        except (OSError, ValueError):
+            kept = json.loads(stamp.read_text())
+            ppl = float(kept.pop("ppl"))  # absent where an earlier version kept the logits: they are made again
+            if kept == wanted:
+                return ppl
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     require_space(logits.absolute().parent, size, f"the logits of {base.name}")
     stamp.unlink(missing_ok=True)
@@ -179,13 +184,16 @@ def _prepare_logits(
         said = _run([*make, "--kl-divergence-base", str(temporary)], base)
         if "you need at least" in said:
             raise _too_short(text)
-        if "Final estimate" not in said:  # the exit code is 0 whatever happens
+        estimate = _ESTIMATE.search(said)
+        if estimate is None:  # the exit code is 0 whatever happens
             raise AthenaError(f"llama-perplexity made no logits of {base}: {complaint(said)}")
         with open(temporary, "rb") as handle:
             _, _, found = struct.unpack("<III", handle.read(len(_LOGITS_MAGIC) + 12)[len(_LOGITS_MAGIC) :])
     if found < windows:
         progress.note(f"warning: {text} has only {found} windows of {WINDOW} tokens, {windows} were asked for")
-    stamp.write_text(json.dumps(wanted))
+    ppl = float(estimate[1])
+    stamp.write_text(json.dumps(wanted | {"ppl": ppl}))
+    return ppl
 
 
 def _run(command: list[str], file: Path) -> str:
