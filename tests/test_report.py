@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
+import athena_gguf
+from athena_gguf.calibration.tokens import file_windows
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import A3
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
@@ -113,6 +115,20 @@ def test_text_too_short(runtime, tiny_base, tmp_path):
         evaluate(tiny_base, tiny_base, short, windows=1)
     with pytest.raises(AthenaError, match=r"absent\.txt"):
         evaluate(tiny_base, tiny_base, tmp_path / "absent.txt", windows=1)
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 20, "Größe ".encode("latin-1") * 1000])
+def test_text_that_is_not_utf8(content, tiny_base, tmp_path, monkeypatch):
+    """As convert --calibration says it, before anything is run."""
+    monkeypatch.setattr("athena_gguf.report.evaluate._run", None)
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(AthenaError) as calibration:
+        file_windows(None, path, 512)
+    for verb, files in ((athena_gguf.eval, tiny_base), (athena_gguf.compare, [tiny_base])):
+        with pytest.raises(AthenaError, match=r"text\.txt: cannot read the text: 'utf-8' codec") as found:
+            verb(files, tiny_base, path)
+        assert str(found.value) == str(calibration.value)
 
 
 def test_text_shorter_than_asked_for(runtime, tiny_base, text, tmp_path, capfd):

@@ -16,6 +16,7 @@ from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.lock import locked
+from athena_gguf.text import read_text
 
 if TYPE_CHECKING:
     from athena_gguf.summary import Result
@@ -38,6 +39,7 @@ def check_report(folder: Path | None, text: Path | None) -> None:
         binary("llama-perplexity")
         if not text.is_file():
             raise AthenaError(f"--report-text {text}: no such file")
+        read_text(text)
 
 
 def write_report(

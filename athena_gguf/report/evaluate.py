@@ -18,6 +18,7 @@ from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.report.inspection import bits_per_weight
 from athena_gguf.runtime.messages import complaint
 from athena_gguf.runtime.places import binary
+from athena_gguf.text import read_text
 
 WINDOW = 512  # tokens; the second half of each is scored
 DEFAULT_WINDOWS = 60
@@ -80,10 +81,8 @@ def evaluate(
     Raises AthenaError if a file is unreadable, the runtime not built, the text too short, or the disk too full.
     """
     perplexity = binary("llama-perplexity")
-    try:
-        text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
-    except OSError as error:
-        raise AthenaError(f"{text}: {error.strerror}") from error
+    read_text(text)  # llama.cpp ends without a word on what is none
+    text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
     if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
         raise _too_short(text)
     with GGUFFile(base) as opened:
