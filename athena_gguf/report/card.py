@@ -122,8 +122,8 @@ def _card(
         )
     first = files[0]["file"]
     parts.append(
-        "## How to run\n\n"
-        "    pip install athena-gguf\n"
+        "## How to run\n\nIn a clone of athena-gguf's repository, whose docs/install.md names what that needs:\n\n"
+        "    pip install .\n"
         "    athena-gguf runtime build\n"
         f'    athena-gguf run {first} -p "Hello"\n'
         f'    "$(athena-gguf runtime path)/llama-server" -m {first}'
