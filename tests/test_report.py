@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import tiny_model as tiny
@@ -16,6 +17,14 @@ from athena_gguf.format import A3
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
 from athena_gguf.report.evaluate import evaluate, parse_statistics, print_evaluation
 from athena_gguf.runtime import completion
+
+
+class Ran(Exception):
+    """A tool of the runtime would have been run."""
+
+
+def never(*_):
+    raise Ran
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,44 @@ def test_base_logits_are_used_again(runtime, tiny_base, quantized, text, tmp_pat
     assert second.kld == pytest.approx(first.kld, abs=1e-6)
     evaluate(quantized, tiny_base, text, windows=3, base_logits=logits, threads=2)
     assert "Logits of" in capfd.readouterr().err
+
+
+def test_base_of_another_model(tiny_base, text, tmp_path, monkeypatch, capfd):
+    """Said before anything is run. A tied output is written out by some programs, and not by others."""
+    monkeypatch.setattr("athena_gguf.report.evaluate.binary", lambda name: name)
+    monkeypatch.setattr("athena_gguf.report.evaluate._run", never)
+
+    def change(name, fields=(), drop=(), **shapes):
+        path = tmp_path / f"{name}.gguf"
+        with GGUFFile(tiny_base) as base:
+            writer = gguf.GGUFWriter(path, "llama")
+            writer.add_array("tokenizer.ggml.tokens", fields or base.metadata["tokenizer.ggml.tokens"])
+            for tensor in base:
+                shape = shapes.get(tensor.name.replace(".", "_"), tensor.shape)
+                if tensor.name not in drop:
+                    writer.add_tensor(tensor.name, np.zeros(shape, np.float32))
+            if name == "untied":
+                writer.add_tensor("output.weight", np.zeros(base.tensors["token_embd.weight"].shape, np.float32))
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+        return path
+
+    def said(file, base=tiny_base):
+        with pytest.raises(Ran):
+            evaluate(file, base, text, windows=1)
+        return [line for line in capfd.readouterr().err.splitlines() if "swapped" not in line and "warning" in line]
+
+    tokens = GGUFFile(tiny_base).metadata["tokenizer.ggml.tokens"]
+    assert said(tiny_base) == said(change("same")) == said(change("untied")) == said(tiny_base, change("untied")) == []
+    [line] = said(change("short", drop=("blk.1.ffn_up.weight",)))
+    assert "short.gguf and" in line and "tensor blk.1.ffn_up.weight is absent in the one and [192" in line
+    [line] = said(change("wide", blk_0_attn_q_weight=(256, 128)))
+    assert "not seem to be of one model: tensor blk.0.attn_q.weight is [256, 128] in the one" in line
+    [line] = said(change("words", [*tokens[:-1], "another"]))
+    assert line.endswith("their vocabularies differ")
+    with pytest.raises(AthenaError, match=rf"fewer\.gguf has {len(tokens) - 1} tokens .* {len(tokens)}: they are"):
+        evaluate(change("fewer", tokens[:-1]), tiny_base, text, windows=1)
 
 
 def test_foreign_logits_file_is_left_alone(runtime, tiny_base, text, tmp_path):

@@ -22,6 +22,8 @@ from athena_gguf.text import read_text
 
 WINDOW = 512  # tokens; the second half of each is scored
 DEFAULT_WINDOWS = 60
+_TOKENS = "tokenizer.ggml.tokens"
+_MAY_BE_ABSENT = ("output.weight", "rope_freqs.weight")  # where the embeddings are used, and what follows from metadata
 _LOGITS_MAGIC = b"_logits_"
 _NUMBER = r"\s*([-+\d.einfa]+)"
 _ESTIMATE = re.compile(rf"Final estimate: PPL ={_NUMBER}")
@@ -81,21 +83,21 @@ def evaluate(
     Raises AthenaError if a file is unreadable, the runtime not built, the text too short, or the disk too full.
     """
     perplexity = binary("llama-perplexity")
-    read_text(text)  # llama.cpp ends without a word on what is none
+    read_text(text)  # llama.cpp's tokenizer throws an exception at anything else
     text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
     if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
         raise _too_short(text)
-    with GGUFFile(base) as opened:
-        base_bpw = bits_per_weight(opened)
-        tokens = opened.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
+    with GGUFFile(base) as opened_base, GGUFFile(file) as opened:
+        base_bpw = bits_per_weight(opened_base)
+        tokens = opened_base.metadata.get(_TOKENS)
+        if not isinstance(tokens, list):
+            raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
+        n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
+        _check_same_model(opened, opened_base)
     # 16-bit log-probabilities of the scored half of a window, and four more values a token
     size = min(windows, text.stat().st_size // WINDOW + 1) * (WINDOW // 2) * (len(tokens) + 5) * 2
     common = ["-c", str(WINDOW), *(["-t", str(threads)] if threads else [])]
     make = [str(perplexity), "-m", str(base), "-f", str(text), "--chunks", str(windows), *common]
-    with GGUFFile(file) as opened:
-        n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
     if bpw > base_bpw:
         progress.note(
             f"warning: {file} has {bpw:.3f} bits a weight and its base {base} only {base_bpw:.3f}: are they swapped?"
@@ -155,6 +157,28 @@ def print_evaluation(
 
 def _too_short(text: Path) -> AthenaError:
     return AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
+
+
+def _check_same_model(file: GGUFFile, base: GGUFFile) -> None:
+    """Raise AthenaError if the files' vocabularies differ in size, and warn if tokens, or names or shapes of tensors,
+    say that they are two models."""
+    ours, theirs = file.metadata.get(_TOKENS), base.metadata.get(_TOKENS)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) != len(theirs):
+        raise AthenaError(
+            f"{file.path} has {len(ours)} tokens in its vocabulary and {base.path} {len(theirs)}: they are of two "
+            "models; give the base file of this one"
+        )
+    shapes, base_shapes = ({t.name: t.shape for t in opened} for opened in (file, base))
+    odd = [n for n in shapes.keys() | base_shapes.keys() if shapes.get(n) != base_shapes.get(n)]
+    odd = sorted(n for n in odd if n not in _MAY_BE_ABSENT or (n in shapes and n in base_shapes))
+    if odd:
+        first, second = (list(s[odd[0]]) if odd[0] in s else "absent" for s in (shapes, base_shapes))
+        what = f"tensor {odd[0]} is {first} in the one and {second} in the other"
+    elif ours != theirs:
+        what = "their vocabularies differ"
+    else:
+        return
+    progress.note(f"warning: {file.path} and {base.path} do not seem to be of one model: {what}")
 
 
 def _prepare_logits(
