@@ -65,10 +65,12 @@ def base(model: AnyPath, out: AnyPath, *, trust_remote_code: bool = False) -> No
     by. `trust_remote_code`: run Python code that comes with it. Raises AthenaError."""
     from athena_gguf import progress
     from athena_gguf.gguf_file import write_base
+    from athena_gguf.gguf_file.atomic import require_no_input
     from athena_gguf.model.from_gguf import write_plain
-    from athena_gguf.model.source import local_model
+    from athena_gguf.model.source import local_model, model_files
     from athena_gguf.model.trust import running_code
 
+    require_no_input(Path(out), model_files(str(model)))
     found = local_model(str(model), trust_remote_code)
     with running_code(trust_remote_code), progress.stage("base file"):
         (write_plain if found.is_file() else write_base)(found, Path(out))

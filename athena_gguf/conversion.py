@@ -172,7 +172,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
 
     out, options = Path(out), options or ConvertOptions()
     options.check()
-    target, device = options.target, _check(out, options)
+    target, device = options.target, _check(model, out, options)
     options = replace(options, device=device.type)
     if target is None:
         options = replace(options, type=options.type or "A3", embedding_type=options.embedding_type or "Q8_0")
@@ -258,9 +258,13 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
     return result
 
 
-def _check(out: Path, options: ConvertOptions) -> Any:
+def _check(model: Path | str, out: Path, options: ConvertOptions) -> Any:
     """The torch device. Raises AthenaError for files and devices that cannot be used, before any work is done."""
     import torch
+
+    from athena_gguf.gguf_file.atomic import require_no_input
+    from athena_gguf.model.from_gguf import GGUF_BASE
+    from athena_gguf.model.source import model_files
 
     for path in options.texts:
         if not path.is_file():
@@ -271,11 +275,9 @@ def _check(out: Path, options: ConvertOptions) -> Any:
         raise AthenaError(f"{out} is a folder; name a file in it")
     if not out.parent.is_dir():
         raise AthenaError(f"{out} cannot be written: the folder {out.parent} does not exist")
-    kept = [options.base] if options.base else [options.work_dir / "base.gguf"] if options.work_dir else []
-    if any(
-        out.absolute() == path.absolute() or (out.exists() and path.exists() and out.samefile(path)) for path in kept
-    ):
-        raise AthenaError(f"{out} is the base file; write the result elsewhere")
+    given = [path for path in (options.base, options.report_text, *options.texts) if path is not None]
+    kept = [options.work_dir / name for name in ("base.gguf", GGUF_BASE)] if options.work_dir else []
+    require_no_input(out, [*model_files(model), *given, *kept])
     if not os.access(out.parent, os.W_OK):
         raise AthenaError(f"{out} cannot be written: no permission in its folder")
     if options.device == "cuda" and not torch.cuda.is_available():

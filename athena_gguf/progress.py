@@ -75,16 +75,33 @@ def stage(name: str) -> Iterator[None]:
     else:
         note(f"{name} ...")
         yield
-    _end(name, start)
+    _end(name, time.monotonic() - start)
+
+
+class Stopwatch:
+    """A clock, in seconds, that stands still for what is done in `paused`."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._paused += time.monotonic() - start
 
 
 @contextmanager
-def bar(name: str, total: float) -> Iterator[Advance]:
-    """A step of `total` units; call what this yields with the units done since the last call."""
-    start = time.monotonic()
+def bar(name: str, total: float, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
+    """A step of `total` units; call what this yields with the units done since the last call. `clock`: of the seconds
+    that it took, where other things are done in between."""
+    start = clock()
     if _form == "json":
         _event("start", stage=name, total=total)
-        yield _reports(total, start, _EVENT_SECONDS, lambda done, s, left: _progress(name, done, total, s, left))
+        yield _reports(total, clock, _EVENT_SECONDS, lambda done, s, left: _progress(name, done, total, s, left))
     elif _form == "text" and sys.stderr.isatty():
         with _display() as display:
             task = display.add_task(name, total=total)
@@ -94,8 +111,8 @@ def bar(name: str, total: float) -> Iterator[Advance]:
                 display.remove_task(task)
     else:
         note(f"{name} ...")
-        yield _reports(total, start, _LINE_SECONDS, lambda done, s, left: _line(name, done / total, s, left))
-    _end(name, start)
+        yield _reports(total, clock, _LINE_SECONDS, lambda done, s, left: _line(name, done / total, s, left))
+    _end(name, clock() - start)
 
 
 @contextmanager
@@ -143,22 +160,24 @@ def _display() -> Iterator[Any]:
                 _shown.stop()
 
 
-def _end(name: str, start: float) -> None:
-    seconds = time.monotonic() - start
+def _end(name: str, seconds: float) -> None:
     if _form == "json":
         _event("end", stage=name, seconds=round(seconds, 3))
     else:
         note(f"{name}: {seconds:.1f} s")
 
 
-def _reports(total: float, start: float, pause: float, say: Callable[[float, float, float], None]) -> Advance:
+def _reports(
+    total: float, clock: Callable[[], float], pause: float, say: Callable[[float, float, float], None]
+) -> Advance:
     """Calls `say` with the units done, the seconds that took and those left, at most once in `pause` seconds."""
-    done, spoken = 0.0, start
+    done, start = 0.0, clock()
+    spoken = start
 
     def advance(units: float) -> None:
         nonlocal done, spoken
         done += units
-        now = time.monotonic()
+        now = clock()
         if now - spoken >= pause and 0 < done < total:
             spoken = now
             say(done, now - start, (now - start) * (total - done) / done)

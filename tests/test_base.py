@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+import athena_gguf
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile, write_base, writing_base
 
@@ -98,6 +99,15 @@ def test_unknown_tensor(model, tmp_path, runtime):
     path = model / "model.safetensors"
     save_file(load_file(path) | {"model.layers.0.mystery.weight": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
     refused(model, tmp_path, r"mystery\.weight")
+
+
+def test_inputs_are_not_replaced(model, tiny_gguf):
+    for source in (model, tiny_gguf):
+        for path in source.iterdir() if source.is_dir() else [source]:
+            before = path.read_bytes()
+            with pytest.raises(AthenaError, match=rf"{path.name} is an input of this conversion; write the result"):
+                athena_gguf.base(source, path)
+            assert path.read_bytes() == before
 
 
 def test_header_comes_first(tiny_model, tiny_base, tmp_path):

@@ -248,6 +248,25 @@ def test_plain_progress(capsys, monkeypatch):
     assert lines[-1].startswith("second: ") and lines[-1].endswith(" s")
 
 
+def test_time_of_other_things_does_not_count(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    watch = progress.Stopwatch()
+    with progress.bar("measuring", 4, watch) as advance:
+        now[0] += 30
+        advance(2)
+        with watch.paused():
+            now[0] += 500
+        now[0] += 25
+        advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        "measuring: 50% after 30 s, about 30 s left",
+        "measuring: 75% after 55 s, about 18 s left",
+        "measuring: 55.0 s",
+    ]
+
+
 def test_runtime_path_says_that_the_runtime_is_outdated(tmp_path):
     from athena_gguf.runtime.make import TOOLS
 

@@ -124,6 +124,7 @@ def test_model_card(tiny_model, tiny_base, runtime, text, tmp_path):
         ]
         assert (card / f"losses-{kind}.png").read_bytes().startswith(PNG)
     assert "| calibration_tokens | 512 | 512 |" in read.text and "athena-gguf run A2.gguf" in read.text
+    assert "pip install .\n" in read.text and "install athena-gguf" not in read.text  # no package index has it
     for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", read.text):
         assert (card / target).read_bytes().startswith(PNG)
     assert {e["file"] for e in json.loads((card / "files.json").read_text())} == {"A2.gguf", "A3.gguf"}

@@ -330,7 +330,7 @@ def test_wrong_base(tiny_model, tiny_base, odd_base, options, tmp_path):
     reader.data.flush()
     refused(tiny_model, out, options(base=other), r"blk\.0\.attn_k\.weight holds other weights")
     shutil.copy(tiny_base, out)
-    refused(tiny_model, out, options(base=out), "is the base file")
+    refused(tiny_model, out, options(base=out), "is an input of this conversion")
 
 
 def test_options_refused(tiny_model, options, tmp_path, monkeypatch):
@@ -347,6 +347,37 @@ def test_options_refused(tiny_model, options, tmp_path, monkeypatch):
     refused(tiny_model, out, options(work_dir=tmp_path / "file"), "file: .*--work-dir")
     with pytest.raises(AthenaError, match=r"the folder .*absent does not exist"):
         convert(tiny_model, tmp_path / "absent" / "out.gguf", options())
+
+
+def test_inputs_are_not_replaced(tiny_model, tiny_base, text, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(athena_gguf.gguf_file.base, "check_files", never)
+    monkeypatch.setattr("athena_gguf.model.from_gguf.unpack_gguf", never)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for path in model.iterdir():
+        refused(model, path, options(base=None), rf"{path.name} is an input of this conversion; write the result")
+    whole = shutil.copy(tiny_base, tmp_path / "whole.gguf")
+    refused(whole, tmp_path / "whole.gguf", options(base=None), r"whole\.gguf is an input")
+    (tmp_path / "symbolic.gguf").symlink_to(whole)
+    (tmp_path / "hard.gguf").hardlink_to(model / "model.safetensors")
+    refused(whole, tmp_path / "symbolic.gguf", options(base=None), r"symbolic\.gguf is an .*\(it is .*whole\.gguf\)")
+    refused(tmp_path / "symbolic.gguf", tmp_path / "whole.gguf", options(base=None), r"whole\.gguf is an input")
+    refused(model, tmp_path / "hard.gguf", options(base=None), r"hard\.gguf is an .*\(it is .*model\.safetensors\)")
+    refused(model, tmp_path / "symbolic.gguf", options(base=whole), r"symbolic\.gguf is an input")
+    copy = shutil.copy(text, tmp_path / "text.txt")
+    refused(model, copy, options(calibration=("self", str(copy))), r"text\.txt is an input")
+    refused(model, copy, options(report=tmp_path / "card", report_text=copy), r"text\.txt is an input")
+    (tmp_path / "work").mkdir()
+    for name in ("base.gguf", "from-gguf.gguf"):
+        refused(model, tmp_path / "work" / name, options(base=None, work_dir=tmp_path / "work"), "is an input")
+
+
+def test_result_in_the_folder_of_its_model(tiny_model, options, tmp_path):
+    """Also where an earlier one was."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "A2.gguf").write_bytes(b"of another day")
+    convert(model, model / "A2.gguf", options(type="A2"))
+    with GGUFFile(model / "A2.gguf") as file:
+        assert file.metadata["athena.type"] == "A2"
 
 
 def test_text_too_short(tiny_model, options, tmp_path):

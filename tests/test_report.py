@@ -5,15 +5,26 @@ import re
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import tiny_model as tiny
 
+import athena_gguf
+from athena_gguf.calibration.tokens import file_windows
 from athena_gguf.errors import AthenaError
 from athena_gguf.format import A3
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
 from athena_gguf.report.evaluate import evaluate, parse_statistics, print_evaluation
 from athena_gguf.runtime import completion
+
+
+class Ran(Exception):
+    """A tool of the runtime would have been run."""
+
+
+def never(*_):
+    raise Ran
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +53,26 @@ def test_a_file_equals_itself(runtime, tiny_base, text):
     assert abs(found.kld) < 1e-5 and found.same_top > 0.99
     assert found.ppl == pytest.approx(found.ppl_base, rel=1e-4) and found.ppl_ratio == pytest.approx(1, abs=1e-4)
     assert found.windows == 2 and found.bytes == tiny_base.stat().st_size
+
+
+def test_ratio_of_unlikely_text(runtime, tiny_base, text, tmp_path):
+    """The kept logits do not reach down to tokens e^16 times less likely than the first; the perplexity does."""
+    loud, logits, stamp = tmp_path / "loud.gguf", tmp_path / "logits", tmp_path / "logits.json"
+    with GGUFFile(tiny_base) as base:
+        norm = 40 * base.tensors["output_norm.weight"].to_float32()
+    write_quantized(
+        tiny_base, loud, {"output_norm.weight": Replacement("F32", lambda: quantize(norm, "F32"))}, {}, file_type=32
+    )
+    first = evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2)
+    assert first.ppl_base == pytest.approx(first.ppl, rel=1e-3) and first.ppl_ratio == pytest.approx(1, abs=1e-3)
+    assert first.ppl > 1e6  # so there are such tokens
+    made = stamp.stat().st_mtime_ns
+    again = evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2)
+    assert again.ppl_base == first.ppl_base and stamp.stat().st_mtime_ns == made
+    old = json.loads(stamp.read_text())
+    del old["ppl"]  # as earlier versions left it
+    stamp.write_text(json.dumps(old))
+    assert evaluate(loud, loud, text, windows=2, base_logits=logits, threads=2).ppl_base == first.ppl_base
 
 
 def test_perplexity_is_that_of_torch(runtime, tiny_model, tiny_base, text):
@@ -75,6 +106,44 @@ def test_base_logits_are_used_again(runtime, tiny_base, quantized, text, tmp_pat
     assert "Logits of" in capfd.readouterr().err
 
 
+def test_base_of_another_model(tiny_base, text, tmp_path, monkeypatch, capfd):
+    """Said before anything is run. A tied output is written out by some programs, and not by others."""
+    monkeypatch.setattr("athena_gguf.report.evaluate.binary", lambda name: name)
+    monkeypatch.setattr("athena_gguf.report.evaluate._run", never)
+
+    def change(name, fields=(), drop=(), **shapes):
+        path = tmp_path / f"{name}.gguf"
+        with GGUFFile(tiny_base) as base:
+            writer = gguf.GGUFWriter(path, "llama")
+            writer.add_array("tokenizer.ggml.tokens", fields or base.metadata["tokenizer.ggml.tokens"])
+            for tensor in base:
+                shape = shapes.get(tensor.name.replace(".", "_"), tensor.shape)
+                if tensor.name not in drop:
+                    writer.add_tensor(tensor.name, np.zeros(shape, np.float32))
+            if name == "untied":
+                writer.add_tensor("output.weight", np.zeros(base.tensors["token_embd.weight"].shape, np.float32))
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+        return path
+
+    def said(file, base=tiny_base):
+        with pytest.raises(Ran):
+            evaluate(file, base, text, windows=1)
+        return [line for line in capfd.readouterr().err.splitlines() if "swapped" not in line and "warning" in line]
+
+    tokens = GGUFFile(tiny_base).metadata["tokenizer.ggml.tokens"]
+    assert said(tiny_base) == said(change("same")) == said(change("untied")) == said(tiny_base, change("untied")) == []
+    [line] = said(change("short", drop=("blk.1.ffn_up.weight",)))
+    assert "short.gguf and" in line and "tensor blk.1.ffn_up.weight is absent in the one and [192" in line
+    [line] = said(change("wide", blk_0_attn_q_weight=(256, 128)))
+    assert "not seem to be of one model: tensor blk.0.attn_q.weight is [256, 128] in the one" in line
+    [line] = said(change("words", [*tokens[:-1], "another"]))
+    assert line.endswith("their vocabularies differ")
+    with pytest.raises(AthenaError, match=rf"fewer\.gguf has {len(tokens) - 1} tokens .* {len(tokens)}: they are"):
+        evaluate(change("fewer", tokens[:-1]), tiny_base, text, windows=1)
+
+
 def test_foreign_logits_file_is_left_alone(runtime, tiny_base, text, tmp_path):
     diary = tmp_path / "diary.txt"
     diary.write_text("dear diary")
@@ -93,6 +162,20 @@ def test_text_too_short(runtime, tiny_base, tmp_path):
         evaluate(tiny_base, tiny_base, short, windows=1)
     with pytest.raises(AthenaError, match=r"absent\.txt"):
         evaluate(tiny_base, tiny_base, tmp_path / "absent.txt", windows=1)
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 20, "Größe ".encode("latin-1") * 1000])
+def test_text_that_is_not_utf8(content, tiny_base, tmp_path, monkeypatch):
+    """As convert --calibration says it, before anything is run."""
+    monkeypatch.setattr("athena_gguf.report.evaluate._run", None)
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(AthenaError) as calibration:
+        file_windows(None, path, 512)
+    for verb, files in ((athena_gguf.eval, tiny_base), (athena_gguf.compare, [tiny_base])):
+        with pytest.raises(AthenaError, match=r"text\.txt: cannot read the text: 'utf-8' codec") as found:
+            verb(files, tiny_base, path)
+        assert str(found.value) == str(calibration.value)
 
 
 def test_text_shorter_than_asked_for(runtime, tiny_base, text, tmp_path, capfd):

@@ -91,13 +91,14 @@ def _given_once(before: Callable[[], None], amounts: Iterator[int]) -> int:
 @dataclass
 class _Run:
     """The calibration's text, and the model that it runs through: its `passes`, None where it is run whole. Leaving
-    `exits` puts away what they work with; `advance` tells the tokens done."""
+    `exits` puts away what they work with; `advance` tells the tokens done, in the time of `watch`."""
 
     windows: torch.Tensor
     model: BlockModel | None
     passes: Passes | None
     advance: Callable[[float], None]
     exits: ExitStack
+    watch: progress.Stopwatch
 
 
 @dataclass
@@ -251,9 +252,11 @@ class Stage:
                         curvature = next(measured, None)
                     if curvature is None:
                         break
-                    yield curvature
+                    with run.watch.paused():
+                        yield curvature
             while found:
-                yield found.pop(0)
+                with run.watch.paused():
+                    yield found.pop(0)
 
     def _open(
         self,
@@ -270,16 +273,17 @@ class Stage:
             cards = self.cards[: len(windows) - 1]  # others would have no window
             model = self._blocks(cards)
             check()
-            tell = exits.enter_context(progress.bar("curvature of the loss", windows.numel()))
+            watch = progress.Stopwatch()
+            tell = exits.enter_context(progress.bar("curvature of the loss", windows.numel(), watch))
 
             def advance(tokens: float) -> None:
                 check()
                 tell(tokens)
 
             if model is None:
-                return _Run(windows, None, None, advance, exits.pop_all())
+                return _Run(windows, None, None, advance, exits.pop_all(), watch)
             passes = self._passes(model, windows, cards, advance, before_files, exits)
-            return _Run(windows, model, passes, advance, exits.pop_all())
+            return _Run(windows, model, passes, advance, exits.pop_all(), watch)
 
     def _whole(self, run: _Run, lookup: Lookup) -> list[Curvature]:
         import torch

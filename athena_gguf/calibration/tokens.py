@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from athena_gguf.errors import AthenaError
+from athena_gguf.text import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +37,9 @@ def file_windows(tokenizer: Any, path: Path, length: int) -> torch.Tensor:
     """The text of a file in windows [n, length], one after the other. Raises AthenaError if it cannot be read."""
     import torch
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise AthenaError(f"{path}: cannot read the text: {e}") from e
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = torch.tensor(
+        tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
+    )
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         windows[:, 0] = tokenizer.bos_token_id  # models that were always given one need it

@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,15 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / mib:.1f} MiB in {folder}, which has {free / mib:.1f} MiB free; make room or "
             "choose another place"
         )
+
+
+def require_no_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise AthenaError if the file `out` would replace one of `inputs`, whatever either is called (links)."""
+    for path in inputs:
+        linked = os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path)
+        if linked or os.path.realpath(out) == os.path.realpath(path):
+            same = "" if os.path.abspath(out) == os.path.abspath(path) else f" (it is {path})"
+            raise AthenaError(f"{out} is an input of this conversion{same}; write the result elsewhere")
 
 
 def _prefix(target: Path) -> str:

@@ -12,6 +12,7 @@ from athena_gguf import __version__, progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import GGUFFile, Tensor
 
+GGUF_BASE = "from-gguf.gguf"  # in the work directory
 _FLOATS = ("F32", "F16", "BF16")
 _GEMMA_27B_LAYERS = (46, 62)  # of Gemma 2 and 3
 # What llama.cpp's converter writes in F32 although it is a matrix.
@@ -25,7 +26,7 @@ def unpack_gguf(file: Path, work: Path) -> tuple[Path, Path]:
     was quantized before. The folder is what transformers makes of that. Raises AthenaError if the file cannot be read,
     or transformers does not know its architecture in GGUF files.
     """
-    folder, base, mark = work / "model", work / "from-gguf.gguf", work / "from-gguf.json"
+    folder, base, mark = work / "model", work / GGUF_BASE, work / "from-gguf.json"
     stat = file.stat() if file.is_file() else None
     if stat is None:
         raise AthenaError(f"{file}: no such file")

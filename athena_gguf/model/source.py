@@ -59,6 +59,17 @@ def local_model(model: Path | str, code: bool = False) -> Path:
     return folder
 
 
+def model_files(model: Path | str) -> list[Path]:
+    """The files that a model on this machine has, which no result may replace: the GGUF file, or what is in its folder
+    but for GGUF files, which may be earlier results."""
+    found = cached_model(model)
+    if found is None:
+        return []
+    if found.is_file():
+        return [found]
+    return [path for path in found.glob("*") if path.suffix.lower() != ".gguf" and path.is_file()]
+
+
 def cached_model(model: Path | str) -> Path | None:
     """The folder or file of a model if it is on this machine already, else None."""
     if not is_hub_id(model):

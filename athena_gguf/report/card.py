@@ -16,6 +16,7 @@ from athena_gguf import progress
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.lock import locked
+from athena_gguf.text import read_text
 
 if TYPE_CHECKING:
     from athena_gguf.summary import Result
@@ -38,6 +39,7 @@ def check_report(folder: Path | None, text: Path | None) -> None:
         binary("llama-perplexity")
         if not text.is_file():
             raise AthenaError(f"--report-text {text}: no such file")
+        read_text(text)
 
 
 def write_report(
@@ -120,8 +122,8 @@ def _card(
         )
     first = files[0]["file"]
     parts.append(
-        "## How to run\n\n"
-        "    pip install athena-gguf\n"
+        "## How to run\n\nIn a clone of athena-gguf's repository, whose docs/install.md names what that needs:\n\n"
+        "    pip install .\n"
         "    athena-gguf runtime build\n"
         f'    athena-gguf run {first} -p "Hello"\n'
         f'    "$(athena-gguf runtime path)/llama-server" -m {first}'

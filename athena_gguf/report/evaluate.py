@@ -18,11 +18,15 @@ from athena_gguf.gguf_file.reader import GGUFFile
 from athena_gguf.report.inspection import bits_per_weight
 from athena_gguf.runtime.messages import complaint
 from athena_gguf.runtime.places import binary
+from athena_gguf.text import read_text
 
 WINDOW = 512  # tokens; the second half of each is scored
 DEFAULT_WINDOWS = 60
+_TOKENS = "tokenizer.ggml.tokens"
+_MAY_BE_ABSENT = ("output.weight", "rope_freqs.weight")  # where the embeddings are used, and what follows from metadata
 _LOGITS_MAGIC = b"_logits_"
 _NUMBER = r"\s*([-+\d.einfa]+)"
+_ESTIMATE = re.compile(rf"Final estimate: PPL ={_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -79,30 +83,28 @@ def evaluate(
     Raises AthenaError if a file is unreadable, the runtime not built, the text too short, or the disk too full.
     """
     perplexity = binary("llama-perplexity")
-    try:
-        text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
-    except OSError as error:
-        raise AthenaError(f"{text}: {error.strerror}") from error
+    read_text(text)  # llama.cpp's tokenizer throws an exception at anything else
+    text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
     if text.stat().st_size < 2 * WINDOW:  # a token has at least a byte
         raise _too_short(text)
-    with GGUFFile(base) as opened:
-        base_bpw = bits_per_weight(opened)
-        tokens = opened.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
+    with GGUFFile(base) as opened_base, GGUFFile(file) as opened:
+        base_bpw = bits_per_weight(opened_base)
+        tokens = opened_base.metadata.get(_TOKENS)
+        if not isinstance(tokens, list):
+            raise AthenaError(f"{base} has no tokenizer, so it cannot be evaluated on text")
+        n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
+        _check_same_model(opened, opened_base)
     # 16-bit log-probabilities of the scored half of a window, and four more values a token
     size = min(windows, text.stat().st_size // WINDOW + 1) * (WINDOW // 2) * (len(tokens) + 5) * 2
     common = ["-c", str(WINDOW), *(["-t", str(threads)] if threads else [])]
     make = [str(perplexity), "-m", str(base), "-f", str(text), "--chunks", str(windows), *common]
-    with GGUFFile(file) as opened:
-        n_bytes, bpw = opened.n_bytes, bits_per_weight(opened)
     if bpw > base_bpw:
         progress.note(
             f"warning: {file} has {bpw:.3f} bits a weight and its base {base} only {base_bpw:.3f}: are they swapped?"
         )
     with tempfile.TemporaryDirectory(prefix="athena-eval-") as scratch:
         logits = base_logits or Path(scratch, "logits")
-        _prepare_logits(logits, make, base, text, text_hash, windows, size)
+        ppl_base = _prepare_logits(logits, make, base, text, text_hash, windows, size)
         start = time.monotonic()
         compare = [str(perplexity), "-m", str(file), "--kl-divergence", "--kl-divergence-base", str(logits), *common]
         with progress.stage(f"Comparing {file.name}"):
@@ -112,6 +114,8 @@ def evaluate(
     chunks = re.search(r"computing over (\d+) chunks", said)
     if found is None or chunks is None:
         raise AthenaError(f"llama-perplexity could not compare {file} with {base}: {complaint(said)}")
+    # The logits that are kept end at 16 below the largest, and so do the losses of unlikely tokens that come of them.
+    found |= {"ppl_base": ppl_base, "ppl_ratio": found["ppl"] / ppl_base}
     return Evaluation(bytes=n_bytes, bpw=bpw, windows=int(chunks[1]), seconds=seconds, **found)
 
 
@@ -155,11 +159,33 @@ def _too_short(text: Path) -> AthenaError:
     return AthenaError(f"{text}: evaluation needs at least {2 * WINDOW} tokens of text; give a longer one")
 
 
+def _check_same_model(file: GGUFFile, base: GGUFFile) -> None:
+    """Raise AthenaError if the files' vocabularies differ in size, and warn if tokens, or names or shapes of tensors,
+    say that they are two models."""
+    ours, theirs = file.metadata.get(_TOKENS), base.metadata.get(_TOKENS)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) != len(theirs):
+        raise AthenaError(
+            f"{file.path} has {len(ours)} tokens in its vocabulary and {base.path} {len(theirs)}: they are of two "
+            "models; give the base file of this one"
+        )
+    shapes, base_shapes = ({t.name: t.shape for t in opened} for opened in (file, base))
+    odd = [n for n in shapes.keys() | base_shapes.keys() if shapes.get(n) != base_shapes.get(n)]
+    odd = sorted(n for n in odd if n not in _MAY_BE_ABSENT or (n in shapes and n in base_shapes))
+    if odd:
+        first, second = (list(s[odd[0]]) if odd[0] in s else "absent" for s in (shapes, base_shapes))
+        what = f"tensor {odd[0]} is {first} in the one and {second} in the other"
+    elif ours != theirs:
+        what = "their vocabularies differ"
+    else:
+        return
+    progress.note(f"warning: {file.path} and {base.path} do not seem to be of one model: {what}")
+
+
 def _prepare_logits(
     logits: Path, make: list[str], base: Path, text: Path, text_hash: str, windows: int, size: int
-) -> None:
+) -> float:
     """Let the base file's logits of `text` be in `logits`; a file beside it says what they were made of. Says so if the
-    text has fewer windows than asked for."""
+    text has fewer windows than asked for. Returns the base file's perplexity."""
     stat = base.stat()
     inputs = {"text": text_hash, "windows": windows}
     wanted = inputs | {"base": str(base.absolute()), "base_bytes": stat.st_size, "base_mtime_ns": stat.st_mtime_ns}
@@ -169,9 +195,11 @@ def _prepare_logits(
             if handle.read(len(_LOGITS_MAGIC)) != _LOGITS_MAGIC:
                 raise AthenaError(f"{logits} exists and holds no logits; give --base-logits another name")
         try:
-            if json.loads(stamp.read_text()) == wanted:
-                return
-        except (OSError, ValueError):
+            kept = json.loads(stamp.read_text())
+            ppl = float(kept.pop("ppl"))  # absent where an earlier version kept the logits: they are made again
+            if kept == wanted:
+                return ppl
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     require_space(logits.absolute().parent, size, f"the logits of {base.name}")
     stamp.unlink(missing_ok=True)
@@ -179,13 +207,16 @@ def _prepare_logits(
         said = _run([*make, "--kl-divergence-base", str(temporary)], base)
         if "you need at least" in said:
             raise _too_short(text)
-        if "Final estimate" not in said:  # the exit code is 0 whatever happens
+        estimate = _ESTIMATE.search(said)
+        if estimate is None:  # the exit code is 0 whatever happens
             raise AthenaError(f"llama-perplexity made no logits of {base}: {complaint(said)}")
         with open(temporary, "rb") as handle:
             _, _, found = struct.unpack("<III", handle.read(len(_LOGITS_MAGIC) + 12)[len(_LOGITS_MAGIC) :])
     if found < windows:
         progress.note(f"warning: {text} has only {found} windows of {WINDOW} tokens, {windows} were asked for")
-    stamp.write_text(json.dumps(wanted))
+    ppl = float(estimate[1])
+    stamp.write_text(json.dumps(wanted | {"ppl": ppl}))
+    return ppl
 
 
 def _run(command: list[str], file: Path) -> str:
