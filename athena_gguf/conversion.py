@@ -225,7 +225,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
             with stages.timed("allocation"):
                 predicted = _allocate(base_path, plan, calibration, target, metadata, work, device, options)
         if options.dry_run:
-            return print_plan(base_path, plan, metadata, predicted)
+            return print_plan(base_path, plan, metadata, predicted, calibration.inputs)
         encoded = encode_tensors(
             base_path,
             plan,

@@ -1,6 +1,7 @@
 """Conversion to a target: exact sizes, the limits, what the file says, and losses against whole encodings."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bench_quality
@@ -88,6 +89,16 @@ def test_one_type_is_planned_too(tiny_model, options, tmp_path, capsys):
     assert out.stat().st_size == size
     with GGUFFile(out) as file:
         assert "athena.predicted_kld" not in file.metadata
+
+
+def test_a_dry_run_warns_of_too_few_tokens_as_the_conversion_does(tiny_model, options, tmp_path, capsys):
+    few = options(bpw=4.0, calibration_tokens=128, work_dir=tmp_path / "work")
+    warned = []
+    for dry_run in (True, False):
+        convert(tiny_model, tmp_path / "out.gguf", replace(few, dry_run=dry_run))
+        warned.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
+    assert len(warned[0]) == 1 and "fewer than 4 tokens a column; the predicted KL divergence is too low" in warned[0][0]
+    assert warned[0] == warned[1]
 
 
 def test_more_bytes_lose_less_and_a_mix_beats_one_type(tiny_model, options, tmp_path, capsys):
