@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from athena_gguf import cli
 from athena_gguf.conversion import ConvertOptions, convert
-from athena_gguf.errors import UsageError
+from athena_gguf.errors import INTERRUPTED, UsageError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.jobs import Job, read_batch, run_batch, state
 from athena_gguf.jobs.batch import _run
@@ -182,6 +182,15 @@ def test_jobs_end_with_the_batch(folder):
     while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
         time.sleep(0.05)
     assert not (folder / "files" / "llama-A2.gguf").exists()
+
+
+def test_an_interrupted_job_leaves_json_lines():
+    """No traceback, wherever the signal finds it."""
+    start = "import os, signal; from athena_gguf.jobs import child; "
+    start += "child._first_line = lambda: os.kill(os.getpid(), signal.SIGTERM); child.main()"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == INTERRUPTED and done.stdout == ""
+    assert [json.loads(line)["text"] for line in done.stderr.splitlines()] == ["interrupted"]
 
 
 @finds_processes
