@@ -184,6 +184,37 @@ def test_jobs_end_with_the_batch(folder):
     assert not (folder / "files" / "llama-A2.gguf").exists()
 
 
+def test_what_a_running_job_is_at_is_said(tmp_path, monkeypatch, capsys):
+    """The last event of its log, after what an earlier run wrote there."""
+    job = Job("llama A3", "llama", "llama", str(tmp_path / "a.gguf"), str(tmp_path / "work"), {})
+    batch = Batch(tmp_path, tmp_path, True, (job,))
+    batch.state.mkdir()
+    assert state.doing(batch.state, job) == "llama A3"
+    progressed = {"event": "progress", "stage": "curvature", "done": 30, "total": 120, "seconds": 9.5, "left": 28.6}
+    for event, said in (
+        ({"event": "error", "text": "interrupted"}, ""),
+        ({"event": "start", "stage": "curvature", "total": 120}, ": curvature"),
+        (progressed, ": curvature, 25%, about 29 s left"),
+        ({"event": "note", "text": "something else"}, ": curvature, 25%, about 29 s left"),
+    ):
+        with open(state.log_file(batch.state, job), "a") as log:
+            log.write(json.dumps(event) + "\nno event\n")
+        assert state.doing(batch.state, job) == "llama A3" + said
+
+    class Slow(Machines):
+        def spreads(self, models):
+            return True
+
+        def submit(self, job):
+            future = Future()
+            threading.Timer(0.3, future.set_result, [Attempt(1.0, message="bad")]).start()
+            return future
+
+    monkeypatch.setattr("athena_gguf.jobs.batch._LINE_SECONDS", 0.05)
+    _run(batch, [job], Slow(), 1)
+    assert "llama A3: curvature, 25%, about 29 s left\n" in capsys.readouterr().err
+
+
 def test_an_interrupted_job_leaves_json_lines():
     """No traceback, wherever the signal finds it."""
     start = "import os, signal; from athena_gguf.jobs import child; "
