@@ -97,8 +97,9 @@ def test_a_dry_run_warns_of_too_few_tokens_as_the_conversion_does(tiny_model, op
     for dry_run in (True, False):
         convert(tiny_model, tmp_path / "out.gguf", replace(few, dry_run=dry_run))
         warned.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
-    assert len(warned[0]) == 1 and "fewer than 4 tokens a column; the predicted KL divergence is too low" in warned[0][0]
-    assert warned[0] == warned[1]
+    (warning,) = warned[0]
+    assert "fewer than 4 tokens a column; the predicted KL divergence is too low" in warning
+    assert warned[1] == [warning]
 
 
 def test_more_bytes_lose_less_and_a_mix_beats_one_type(tiny_model, options, tmp_path, capsys):
@@ -146,6 +147,19 @@ def test_limits_are_said_before_any_calibration(made_before, tiny_model, options
         with pytest.raises(AthenaError, match=match):
             convert(tiny_model, out, settings)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_more_memory_than_the_model_can_use_gives_the_weights_of_the_base_file(
+    tiny_model, tiny_base, options, tmp_path, capsys
+):
+    out = tmp_path / "out.gguf"
+    result = convert(tiny_model, out, options(fit_memory="16GiB"))
+    said = capsys.readouterr().err
+    assert said.count("16GiB of memory with 4096 tokens of context is all that this model can use, or more") == 1
+    assert result.predicted_kld == 0 and result.bytes == out.stat().st_size
+    with GGUFFile(out) as file, GGUFFile(tiny_base) as base:
+        assert {t.name: t.type_name for t in file} == {t.name: t.type_name for t in base}
+        assert all((t.data == base.tensors[t.name].data).all() for t in file)
 
 
 def test_smallest_preset_fits_the_tiny_model(tiny_model, options, tmp_path):
