@@ -14,9 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from athena_gguf import __version__, progress
-from athena_gguf.errors import AthenaError, UsageError
+from athena_gguf.errors import INTERRUPTED, AthenaError, UsageError
 
-FAILED_JOBS, FAULT, INTERRUPTED = 3, 70, 130  # exit codes; 70 is EX_SOFTWARE of sysexits.h
+FAILED_JOBS, FAULT = 3, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 
 
 class _Commands(TyperGroup):

@@ -158,7 +158,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
 
     Raises AthenaError for a bad model, option or calibration text, non-finite weights, or a full disk.
     """
-    from athena_gguf.allocate import sizes_and_room
+    from athena_gguf.allocate import check_target
     from athena_gguf.calibration.stage import Stage, all_of, wake
     from athena_gguf.cards import Cards
     from athena_gguf.cluster import connected
@@ -200,7 +200,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
                 tokens = options.calibration_tokens or CALIBRATION_TOKENS[device.type]
                 metadata = _metadata(options, target, tokens)
                 if target is not None:
-                    sizes_and_room(base.header, plan, target, metadata)
+                    check_target(base.header, plan, target, metadata)
                 stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed, cards)
                 stage.with_weights = in_order
                 calibration = stage.calibration()
@@ -225,7 +225,7 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
             with stages.timed("allocation"):
                 predicted = _allocate(base_path, plan, calibration, target, metadata, work, device, options)
         if options.dry_run:
-            return print_plan(base_path, plan, metadata, predicted)
+            return print_plan(base_path, plan, metadata, predicted, calibration.inputs)
         encoded = encode_tensors(
             base_path,
             plan,

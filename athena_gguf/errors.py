@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+INTERRUPTED = 130  # exit code of a process that was asked to end (docs/scripting.md)
+
 
 class AthenaError(Exception):
     """Something the user can act on; the text names the file or tensor and what to do."""

@@ -58,6 +58,22 @@ def interrupted(code: int) -> None:
         print("interrupted", file=sys.stderr, flush=True)
 
 
+def drawn() -> bool:
+    """Whether bars are drawn, on a terminal."""
+    return _form == "text" and sys.stderr.isatty()
+
+
+def tell(bar_name: str, text: str) -> None:
+    """What the open bar of that name is at: in its text where it is drawn, a line elsewhere."""
+    if not drawn():
+        note(text)
+        return
+    with _showing:
+        for task in _shown.tasks if _users else ():
+            if task.description.startswith(bar_name):
+                _shown.update(task.id, description=f"{bar_name}: {text}")
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """A step of unknown length: its name when it starts, the seconds it took when it ends."""
@@ -65,7 +81,7 @@ def stage(name: str) -> Iterator[None]:
     if _form == "json":
         _event("start", stage=name)
         yield
-    elif _form == "text" and sys.stderr.isatty():
+    elif drawn():
         with _display() as display:
             task = display.add_task(name, total=None)
             try:
@@ -102,7 +118,7 @@ def bar(name: str, total: float, clock: Callable[[], float] = time.monotonic) ->
     if _form == "json":
         _event("start", stage=name, total=total)
         yield _reports(total, clock, _EVENT_SECONDS, lambda done, s, left: _progress(name, done, total, s, left))
-    elif _form == "text" and sys.stderr.isatty():
+    elif drawn():
         with _display() as display:
             task = display.add_task(name, total=total)
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,29 +52,11 @@ def print_summary(
         _grid("loss of the encoding, % of the power under the curvature", cells)
     tokens = {_input_name(c): f"{c.effective_tokens:.0f}" for c in inputs}
     _grid(f"effective calibration tokens, of {inputs[0].tokens:,}", tokens)
-    few = [
-        c
-        for c in inputs
-        if c.effective_tokens < TOKENS_PER_COLUMN * c.columns and not losses.keys().isdisjoint(c.tensor_names)
-    ]
-    if few:
-        worst = min(few, key=lambda c: c.effective_tokens / c.columns)
-        progress.note(
-            f"warning: the curvature of {len(few)} of {len(inputs)} layer inputs rests on fewer than "
-            f"{TOKENS_PER_COLUMN} tokens a column; more --calibration-tokens would help. Least has "
-            f"{worst.tensor_names[0]}: {worst.effective_tokens:.0f} tokens for {worst.columns} columns"
-        )
-    missed = [c for c in inputs if c.unreached and not losses.keys().isdisjoint(c.tensor_names)]
-    if missed:
-        progress.note(
-            f"warning: no calibration token reached {sum(c.unreached for c in missed)} experts of {len(missed)} layer "
-            "inputs, which take the curvature of the others there (inside an expert: none); more --calibration-tokens "
-            f"would help. Most are in {max(missed, key=lambda c: c.unreached).tensor_names[0]}"
-        )
     weights = sum(plan.elements(n) for n in losses)
     bits = sum(plan.elements(n) * TYPES[plan.encoded[n]].bits_per_weight for n in losses)
     with GGUFFile(out) as written:
         over_all, predicted = bits_per_weight(written), written.metadata.get("athena.predicted_kld")
+    _warn_of_noise(inputs, losses.keys(), predicted is not None)
     size = out.stat().st_size
     if losses:
         progress.note(f"encoded: {len(losses)} tensors, {weights:,} weights at {bits / weights:.3f} bits")
@@ -100,18 +82,44 @@ def print_summary(
     )
 
 
-def print_plan(base_path: Path, plan: Plan, metadata: Mapping[str, Any], predicted: float) -> Result:
-    """The type of every matrix, the file's exact size, its bits a weight and predicted KL divergence, on stdout."""
+def print_plan(
+    base_path: Path, plan: Plan, metadata: Mapping[str, Any], predicted: float, inputs: Sequence[LayerInput]
+) -> Result:
+    """The type of every matrix, the file's exact size, its bits a weight and predicted KL divergence, on stdout; on
+    stderr why that prediction may be wrong."""
     kinds = plan.encoded | plan.standard
     with GGUFFile(base_path) as base:
         size = result_bytes(base, kinds, metadata, file_type=file_type(plan))
         bits = 8 * sum(tensor_bytes(t, kinds.get(t.name, t.type_name)) for t in base) / base.n_elements
     types = {name: plan.kind(name) for name in plan.shapes}
+    _warn_of_noise(inputs, plan.encoded.keys(), True)
     _grid("types", types, print)
     print(f"types: {_mix(plan)}")
     print(f"size: {size:,} bytes ({size / 2**20:.1f} MiB), {bits:.3f} bits a weight over all")
     print(f"predicted KL divergence from the base file: {predicted:.4g} nats a token")
     return Result(size, bits, predicted, types)
+
+
+def _warn_of_noise(inputs: Sequence[LayerInput], encoded: Set[str], predicted: bool) -> None:
+    """Say for which inputs of `encoded` tensors there were too few tokens; and what that means if a KL divergence was
+    `predicted`: an encoding suits the noise in a curvature too, by which its loss is counted."""
+    used = [c for c in inputs if not encoded.isdisjoint(c.tensor_names)]
+    few = [c for c in used if c.effective_tokens < TOKENS_PER_COLUMN * c.columns]
+    if few:
+        worst = min(few, key=lambda c: c.effective_tokens / c.columns)
+        meaning = "the predicted KL divergence is too low then, and " if predicted else ""
+        progress.note(
+            f"warning: the curvature of {len(few)} of {len(inputs)} layer inputs rests on fewer than "
+            f"{TOKENS_PER_COLUMN} tokens a column; {meaning}more --calibration-tokens would help. Least has "
+            f"{worst.tensor_names[0]}: {worst.effective_tokens:.0f} tokens for {worst.columns} columns"
+        )
+    missed = [c for c in used if c.unreached]
+    if missed:
+        progress.note(
+            f"warning: no calibration token reached {sum(c.unreached for c in missed)} experts of {len(missed)} layer "
+            "inputs, which take the curvature of the others there (inside an expert: none); more --calibration-tokens "
+            f"would help. Most are in {max(missed, key=lambda c: c.unreached).tensor_names[0]}"
+        )
 
 
 def _mix(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """Conversion to a target: exact sizes, the limits, what the file says, and losses against whole encodings."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bench_quality
@@ -90,6 +91,17 @@ def test_one_type_is_planned_too(tiny_model, options, tmp_path, capsys):
         assert "athena.predicted_kld" not in file.metadata
 
 
+def test_a_dry_run_warns_of_too_few_tokens_as_the_conversion_does(tiny_model, options, tmp_path, capsys):
+    few = options(bpw=4.0, calibration_tokens=128, work_dir=tmp_path / "work")
+    warned = []
+    for dry_run in (True, False):
+        convert(tiny_model, tmp_path / "out.gguf", replace(few, dry_run=dry_run))
+        warned.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
+    (warning,) = warned[0]
+    assert "fewer than 4 tokens a column; the predicted KL divergence is too low" in warning
+    assert warned[1] == [warning]
+
+
 def test_more_bytes_lose_less_and_a_mix_beats_one_type(tiny_model, options, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     convert(tiny_model, out, options(dry_run=True, type="A3"))
@@ -135,6 +147,19 @@ def test_limits_are_said_before_any_calibration(made_before, tiny_model, options
         with pytest.raises(AthenaError, match=match):
             convert(tiny_model, out, settings)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_more_memory_than_the_model_can_use_gives_the_weights_of_the_base_file(
+    tiny_model, tiny_base, options, tmp_path, capsys
+):
+    out = tmp_path / "out.gguf"
+    result = convert(tiny_model, out, options(fit_memory="16GiB"))
+    said = capsys.readouterr().err
+    assert said.count("16GiB of memory with 4096 tokens of context is all that this model can use, or more") == 1
+    assert result.predicted_kld == 0 and result.bytes == out.stat().st_size
+    with GGUFFile(out) as file, GGUFFile(tiny_base) as base:
+        assert {t.name: t.type_name for t in file} == {t.name: t.type_name for t in base}
+        assert all((t.data == base.tensors[t.name].data).all() for t in file)
 
 
 def test_smallest_preset_fits_the_tiny_model(tiny_model, options, tmp_path):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from athena_gguf import cli
 from athena_gguf.conversion import ConvertOptions, convert
-from athena_gguf.errors import UsageError
+from athena_gguf.errors import INTERRUPTED, UsageError
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.jobs import Job, read_batch, run_batch, state
 from athena_gguf.jobs.batch import _run
@@ -182,6 +182,46 @@ def test_jobs_end_with_the_batch(folder):
     while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
         time.sleep(0.05)
     assert not (folder / "files" / "llama-A2.gguf").exists()
+
+
+def test_what_a_running_job_is_at_is_said(tmp_path, monkeypatch, capsys):
+    """The last event of its log, after what an earlier run wrote there."""
+    job = Job("llama A3", "llama", "llama", str(tmp_path / "a.gguf"), str(tmp_path / "work"), {})
+    batch = Batch(tmp_path, tmp_path, True, (job,))
+    batch.state.mkdir()
+    assert state.doing(batch.state, job) == "llama A3"
+    progressed = {"event": "progress", "stage": "curvature", "done": 30, "total": 120, "seconds": 9.5, "left": 28.6}
+    for event, said in (
+        ({"event": "error", "text": "interrupted"}, ""),
+        ({"event": "start", "stage": "curvature", "total": 120}, ": curvature"),
+        (progressed, ": curvature, 25%, about 29 s left"),
+        ({"event": "note", "text": "something else"}, ": curvature, 25%, about 29 s left"),
+    ):
+        with open(state.log_file(batch.state, job), "a") as log:
+            log.write(json.dumps(event) + "\nno event\n")
+        assert state.doing(batch.state, job) == "llama A3" + said
+
+    class Slow(Machines):
+        def spreads(self, models):
+            return True
+
+        def submit(self, job):
+            future = Future()
+            threading.Timer(0.3, future.set_result, [Attempt(1.0, message="bad")]).start()
+            return future
+
+    monkeypatch.setattr("athena_gguf.jobs.batch._LINE_SECONDS", 0.05)
+    _run(batch, [job], Slow(), 1)
+    assert "llama A3: curvature, 25%, about 29 s left\n" in capsys.readouterr().err
+
+
+def test_an_interrupted_job_leaves_json_lines():
+    """No traceback, wherever the signal finds it."""
+    start = "import os, signal; from athena_gguf.jobs import child; "
+    start += "child._first_line = lambda: os.kill(os.getpid(), signal.SIGTERM); child.main()"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == INTERRUPTED and done.stdout == ""
+    assert [json.loads(line)["text"] for line in done.stderr.splitlines()] == ["interrupted"]
 
 
 @finds_processes

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 from html.parser import HTMLParser
 
 import pytest
@@ -14,7 +15,10 @@ from athena_gguf import cli
 from athena_gguf.conversion import convert
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file import GGUFFile, Replacement, quantize, write_quantized
-from athena_gguf.report.evaluate import evaluate
+from athena_gguf.report import page, plots
+from athena_gguf.report.comparison import Comparison, Row
+from athena_gguf.report.evaluate import Evaluation, evaluate
+from athena_gguf.report.speed import Speed
 
 pytestmark = pytest.mark.usefixtures("short_windows")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,6 +80,33 @@ def test_compare(runtime, tiny_base, files, text, tmp_path):
     assert parsed.asked == [] and "url(" not in re.sub(r"url\(#", "", page) and "@import" not in page
     assert page.count("<svg") == page.count("</svg>") == 2
     assert f"{first['kld']:.4f} ± {first['kld_error']:.4f}" in parsed.cells and "tokens/s" in parsed.cells
+
+
+@pytest.mark.parametrize("largest", [0.28, 8.0])
+def test_labels_are_inside_and_ticks_are_decimals(largest):
+    pytest.importorskip("matplotlib")
+    names = ["SmolLM2-135M-Instruct-A3", "SmolLM2-135M-Instruct-A2-with-a-name-that-is-longer-than-half-of-a-picture"]
+    points = list(zip(names, (70.1, 57.4), (0.21, largest), strict=True))
+    figure = plots.Picture("kld", "KL divergence and size", points, "KL divergence, nats a token", True)._figure()
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    inside = axes.get_window_extent()
+    for label in axes.texts:
+        box = label.get_window_extent()
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+    low, high = axes.get_ylim()
+    shown = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert len(shown) > 2 and all(re.fullmatch(r"\d+(\.\d+)?", text) for text in shown), shown
+
+
+def test_unsteady_speeds_are_named():
+    found = Evaluation(*(1 for _ in fields(Evaluation)))
+    rows = [Row(n, f"{n}.gguf", found, Speed(100.0, 20.0, 3.0, d)) for n, d in (("calm", 1.5), ("wild", 2.5))]
+    for count, noted in ((1, False), (2, True)):
+        comparison = Comparison("base.gguf", "text.txt", tuple(rows[:count]))
+        for said in (comparison.table(), page.comparison_page(comparison, [])):
+            assert "100.0 ± 3.0" in said and "20.0 ± 1.5" in said
+            assert ("runs of wild differed in speed by more than 10%" in said) == noted
 
 
 def test_compare_table(runtime, tiny_base, files, text):

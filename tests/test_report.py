@@ -212,6 +212,11 @@ def test_system_prompt_needs_a_template(runtime, tiny_base):
         completion.complete(tiny_base, "x", tokens=1, system="be kind")
 
 
+def test_a_prompt_too_long_says_which_option_helps(runtime, tiny_base):
+    with pytest.raises(AthenaError, match=r"the prompt has \d+ tokens, and a context of 16 takes \d+; .* with -c"):
+        completion.complete(tiny_base, tiny.words(400), tokens=1, raw=True, context=16)
+
+
 def test_a_type_tensors_run(runtime, tiny_base, text, tmp_path):
     """llama.cpp decodes A3 as the reference does: the same weights as F32 give the same predictions."""
     rng = np.random.default_rng(2)

@@ -49,11 +49,22 @@ def predicted_kld(plan: Plan, losses: Losses) -> float:
     return sum(losses[name].get(plan.kind(name), 0.0) for name in plan.shapes)
 
 
+def check_target(base: GGUFFile, plan: Plan, target: Target, metadata: Mapping[str, Any]) -> None:
+    """Raise as `choose_types` before any work, and say if there is more memory than the model can use. Needs no more
+    than the header of `base`."""
+    sizes, room = sizes_and_room(base, plan, target, metadata)
+    if target.memory is not None and room == sum(max(of.values()) for of in sizes.values()):
+        progress.note(
+            f"{target.option}: {target.name} is all that this model can use, or more: what is to be chosen stays as it "
+            "is in the base file, and nothing is lost"
+        )
+
+
 def choose_types(base_path: Path, plan: Plan, losses: Losses, target: Target, metadata: Mapping[str, Any]) -> None:
     """Give every free tensor of `plan` the type that makes the sum of losses least within the target.
 
     `metadata`: what the file will hold beside the base file's, which counts for its size. Raises AthenaError saying
-    the limits if no choice is as small, or none as large as the target.
+    the limits if no choice is as small, or none as large as the target; but memory may be more than any choice takes.
     """
     with GGUFFile(base_path) as base:
         sizes, room = sizes_and_room(base, plan, target, metadata)
@@ -69,8 +80,7 @@ def sizes_and_room(
 ) -> tuple[dict[str, dict[str, int]], int]:
     """Bytes of every free tensor of `plan` in each of its candidate types, and what the chosen ones may take together.
 
-    Needs no more than the header of `base`, so that a target that cannot be is refused before any work. Raises as
-    `choose_types`.
+    Raises as `choose_types`.
     """
     # Bits a weight are those of tensors alone; in a file they are filled up to its alignment.
     alignment = 1 if target.bpw is not None else base.alignment
@@ -83,11 +93,11 @@ def sizes_and_room(
     fixed, budget, limits = _budget(base, plan, target, metadata, stored)
     smallest, largest = (fixed + sum(pick(of.values()) for of in sizes.values()) for pick in (min, max))
     possible = f"possible is {limits(smallest, largest)} (all as in the base file)"
-    if budget > largest:
+    if budget > largest and target.memory is None:
         raise AthenaError(f"{target.option}: {target.name} is more than this model can use; {possible}")
     if budget < smallest:
         raise AthenaError(f"{target.option}: {target.name} is too small for this model; {possible}")
-    return sizes, budget - fixed
+    return sizes, min(budget, largest) - fixed
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -19,6 +19,7 @@ from athena_gguf.jobs.report import BatchReport, JobReport, Status
 from athena_gguf.jobs.spec import Batch, Job, read_batch
 from athena_gguf.lock import locked
 
+_DRAWN_SECONDS, _LINE_SECONDS = 2.0, 30.0  # between two looks at what jobs do, for a bar's text and for a line
 ATTEMPTS = 2  # of a job that was killed, or whose machine was lost
 
 
@@ -82,9 +83,14 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, Job
             running[pool.submit(job)] = job
 
     begin()
-    with progress.bar(f"batch of {len(jobs)} jobs", len(jobs)) as advance:
+    name = f"batch of {len(jobs)} jobs"
+    with progress.bar(name, len(jobs)) as advance:
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            pause = _DRAWN_SECONDS if progress.drawn() else _LINE_SECONDS
+            ended = wait(running, timeout=pause, return_when=FIRST_COMPLETED).done
+            if not ended:
+                progress.tell(name, "; ".join(state.doing(batch.state, job) for job in running.values()))
+            for future in ended:
                 job = running.pop(future)
                 made = attempts[job.name]
                 made.append(future.result())

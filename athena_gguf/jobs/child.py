@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 
 from athena_gguf import progress
-from athena_gguf.errors import AthenaError
+from athena_gguf.errors import INTERRUPTED, AthenaError
 
 _GRACE = 30.0  # seconds to remove temporary files in
 
@@ -36,7 +36,14 @@ def _end_with_input() -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_convert())
+    progress.set_form("json")
+    try:
+        code = _convert()
+    except KeyboardInterrupt:
+        progress.interrupted(INTERRUPTED)
+        code = INTERRUPTED
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to interrupt but the interpreter's end
+    sys.exit(code)
 
 
 def _convert() -> int:
@@ -44,7 +51,6 @@ def _convert() -> int:
     threading.Thread(target=_end_with_input, daemon=True).start()
     if job["cpus"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job["cpus"])
-    progress.set_form("json")
     result = os.dup(1)
     os.dup2(2, 1)  # whatever libraries print
     try:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from athena_gguf.errors import INTERRUPTED
 from athena_gguf.jobs.spec import Job
 from athena_gguf.jobs.state import log_file
 from athena_gguf.processes import command, how_it_ended
@@ -76,6 +77,8 @@ class Process:
                 return Attempt(seconds, message=f"it ended without a result; see {log}")
         if code < 0:
             return Attempt(seconds, message=how_it_ended(code), killed=True)
+        if code == INTERRUPTED:
+            return Attempt(seconds, message="interrupted", killed=True)
         with open(log, "rb") as said:
             said.seek(begin)
             lines = said.read().decode(errors="replace").splitlines()

@@ -10,6 +10,8 @@ from typing import Any
 from athena_gguf import __version__
 from athena_gguf.jobs.spec import Job
 
+_TAIL = 1 << 14  # bytes of a log that are looked at for its last events
+
 
 def marker(state: Path, job: Job) -> Path:
     return state / (Path(job.out).name + ".json")
@@ -17,6 +19,30 @@ def marker(state: Path, job: Job) -> Path:
 
 def log_file(state: Path, job: Job) -> Path:
     return state / (Path(job.out).name + ".log")
+
+
+def doing(state: Path, job: Job) -> str:
+    """What the job's process is at, by the last event of its log that says so."""
+    try:
+        with open(log_file(state, job), "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return job.name
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+            kind, stage = event["event"], event.get("stage")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # cut off, or what a library printed
+        if kind == "progress":
+            share = event["done"] / event["total"]
+            return f"{job.name}: {stage}, {share:.0%}, about {event['left']:.0f} s left"
+        if kind == "start":
+            return f"{job.name}: {stage}"
+        if kind in ("end", "error"):
+            return job.name
+    return job.name
 
 
 def fingerprint(job: Job) -> str | None:

@@ -17,6 +17,7 @@ from athena_gguf.report.speed import Speed, measure_speeds
 
 HEADINGS = ("file", "MiB", "bits a weight", "KLD", "perplexity ratio", "same top token")
 SPEED_HEADINGS = ("prompt tokens/s", "tokens/s")
+UNSTEADY = 0.1  # a deviation of speeds, as a share of their mean, that deserves a word
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Row:
             f"{found.kld:.4f} ± {found.kld_error:.4f}",
         ]
         cells += [f"{found.ppl_ratio:.4f}", f"{100 * found.same_top:.2f}%"]
-        return cells if self.speed is None else [*cells, f"{self.speed.prompt:.1f}", f"{self.speed.generation:.1f}"]
+        if (speed := self.speed) is None:
+            return cells
+        prompt = f"{speed.prompt:.1f} ± {speed.prompt_deviation:.1f}"
+        return [*cells, prompt, f"{speed.generation:.1f} ± {speed.generation_deviation:.1f}"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Comparison:
     def headings(self) -> list[str]:
         return [*HEADINGS, *(SPEED_HEADINGS if any(row.speed for row in self.rows) else ())]
 
+    @property
+    def doubt(self) -> str:
+        """Which speeds differed too much from run to run to be relied on; nothing if none did."""
+        unsteady = [row.name for row in self.rows if row.speed and row.speed.unsteadiness > UNSTEADY]
+        if not unsteady:
+            return ""
+        return (
+            f"runs of {', '.join(unsteady)} differed in speed by more than {UNSTEADY:.0%} (±, the standard deviation): "
+            "measure again when the machine does nothing else"
+        )
+
     def table(self) -> str:
         cells = [self.headings, *(row.cells() for row in self.rows)]
         width = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -59,7 +74,7 @@ class Comparison:
         for line in cells:
             first, *others = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))]
             lines.append("  ".join([first, *others]))
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"note: {self.doubt}"] if self.doubt else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None instead."""

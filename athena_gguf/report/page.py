@@ -29,6 +29,7 @@ def comparison_page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in comparison.rows
     )
+    doubt = f"<p>Note: {escape(comparison.doubt)}.</p>\n" if comparison.doubt else ""
     figures = "\n".join(f"<figure>{picture.svg()}</figure>" for picture in pictures)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -49,7 +50,7 @@ def comparison_page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
 {body}
 </tbody>
 </table>
-{figures}
+{doubt}{figures}
 <footer>athena-gguf {escape(__version__)}</footer>
 </body>
 </html>

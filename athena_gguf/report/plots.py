@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.plan import block_of
 
 _DOTS = 150  # an inch
+_LABEL = 44  # characters of a line of a label: half a picture
+_NARROW = 5.0  # a smaller ratio of values gets ticks at even distances
 
 
 def require() -> None:
@@ -56,14 +59,28 @@ class Picture:
         axes = figure.subplots()
         shown = [(n, x, y) for n, x, y in self.points if np.isfinite(y) and (y > 0 or not self.log)]
         axes.scatter([x for _, x, _ in shown], [y for _, _, y in shown], zorder=3)
-        for name, x, y in shown:
-            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         if self.log and shown:
-            axes.set_yscale("log")
+            _log_axis(axes, [y for _, _, y in shown])
         axes.set(title=self.title, xlabel="size of the file, MiB", ylabel=self.value_label)
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.1)
+        middle = np.mean(axes.get_xlim())
+        for name, x, y in shown:  # towards the middle, where there is room
+            side, shift = ("left", 5) if x <= middle else ("right", -5)
+            text = fill(name, _LABEL)
+            axes.annotate(text, (x, y), xytext=(shift, 4), textcoords="offset points", fontsize=8, ha=side)
         axes.grid(which="both", alpha=0.3)
         return figure
+
+
+def _log_axis(axes: Any, values: Sequence[float]) -> None:
+    """Plain decimals, as many as are of use for a wide range and for a narrow one, which may hold no power of ten."""
+    from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    narrow = max(values) < _NARROW * min(values)
+    axes.yaxis.set_major_locator(AutoLocator() if narrow else LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: np.format_float_positional(float(f"{v:.6g}"), trim="-")))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write_loss_picture(path: Path, title: str, losses: Mapping[str, float], types: Mapping[str, str]) -> None:

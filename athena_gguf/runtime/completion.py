@@ -16,6 +16,7 @@ from athena_gguf.runtime.places import binary
 
 _END = b" [end of text]"  # what the tool prints after the answer
 _SPEED = re.compile(r"^.*?(prompt eval|eval) time =.*?/\s*(\d+) (?:tokens|runs).*?([\d.]+) tokens per second", re.M)
+_TOO_LONG = re.compile(r"prompt is too long \((\d+) tokens, max (\d+)\)")
 
 
 def complete(
@@ -66,6 +67,10 @@ def complete(
                 raise
         log.seek(0)
         said = log.read().decode(errors="replace")
+    if process.returncode and (found := _TOO_LONG.search(said)):
+        raise AthenaError(
+            f"the prompt has {found[1]} tokens, and a context of {context} takes {found[2]}; give a larger one with -c"
+        )
     if process.returncode:
         raise AthenaError(f"llama-completion failed on {file} (exit code {process.returncode}): {complaint(said)}")
     for what, count, speed in _SPEED.findall(said):
