@@ -199,7 +199,9 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304; on a CPU 49152]"),
+        typer.Option(
+            "--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304; in order on a CPU 49152]"
+        ),
     ] = None,
     embedding_type: Annotated[
         str | None,

@@ -7,6 +7,7 @@ for, encoding, writing, summary.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 BESIDE = ("cuda",)  # where the curvature begins while the base file is made; on a CPU both would want its cores
 _THREADS = 4  # two of the curvature, one that makes kernels, one that keeps the base file
-CALIBRATION_TOKENS = {"cuda": 98_304, "cpu": 49_152}
+CALIBRATION_TOKENS = 98_304
+TOKENS_IN_ORDER = 49_152  # on a CPU: the passes in order take as long again as those before
 WINDOW = 512  # tokens of a calibration window
 TUNE_TOKENS = 524_288
 
@@ -197,7 +199,8 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
                 in_order = len(devices) == 1 and _in_order(model_dir, plan, device, options)
-                tokens = options.calibration_tokens or CALIBRATION_TOKENS[device.type]
+                usual = TOKENS_IN_ORDER if in_order and device.type == "cpu" else CALIBRATION_TOKENS
+                tokens = options.calibration_tokens or usual
                 metadata = _metadata(options, target, tokens)
                 if target is not None:
                     check_target(base.header, plan, target, metadata)
@@ -290,6 +293,8 @@ def _check(model: Path | str, out: Path, options: ConvertOptions) -> Any:
 def _work_dir(options: ConvertOptions, out: Path) -> Iterator[Path]:
     if options.work_dir is not None:
         with locked(options.work_dir, "--work-dir"):
+            for left in options.work_dir.glob("shelf*"):  # of a conversion that was killed
+                shutil.rmtree(left, ignore_errors=True)
             yield options.work_dir
         return
     from athena_gguf.gguf_file.atomic import folder_beside

@@ -188,6 +188,34 @@ def test_experts_stay_on_their_own(text, short_windows, tmp_path, capsys):
         assert file.metadata["athena.sequential"] is False
 
 
+def test_rows_rounded_to_another_type(tiny_model, tiny_base, options, short_windows, monkeypatch, tmp_path):
+    """A base file of F16, as of a checkpoint of F16, is matched with the model too."""
+    import gguf
+
+    from athena_gguf.encode.in_order import InOrder
+
+    half = tmp_path / "half.gguf"
+    with GGUFFile(tiny_base) as base:
+        writer = gguf.GGUFWriter(half, "llama")
+        for field in gguf.GGUFReader(tiny_base).fields.values():
+            if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+                kind = field.types[0]
+                sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), kind, sub)
+        for tensor in base:
+            data = tensor.to_float32()
+            writer.add_tensor(tensor.name, data.astype(np.float16) if tensor.type_name == "BF16" else data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rows = []
+    real = InOrder._rows
+    monkeypatch.setattr(InOrder, "_rows", lambda *args: rows.append(real(*args)) or rows[-1])
+    convert(tiny_model, tmp_path / "out.gguf", options(base=half))
+    assert len(rows) == 14 and all(found is not None for found in rows)
+
+
 def test_not_on_a_cluster():
     with pytest.raises(UsageError, match="leave --ray out"):
         ConvertOptions(sequential=True, ray="auto").check()

@@ -79,14 +79,16 @@ class Prefix:
         return self.original, self.quantized
 
     def begin(self) -> None:
-        """The inputs of the first block."""
+        """The inputs of the first block: embeddings count as they are in the original."""
         import torch
 
         with torch.no_grad(), measuring(self.device):
             self.small = self.original.embed(self.batches[0][:1, :8])
             for b, tokens in enumerate(self.batches):
-                for model in self.models:
-                    self.shelf.put((model is self.original, b), model.embed(tokens))
+                hidden = self.original.embed(tokens)
+                for key in (True, False):
+                    self.shelf.put((key, b), hidden)
+        self.quantized.share(self.original)
 
     @contextmanager
     def block(self, index: int) -> Iterator[Anatomy]:
@@ -94,8 +96,6 @@ class Prefix:
         import torch
 
         with self.original.loaded(index), self.quantized.loaded(index), torch.no_grad():
-            for model in self.models:
-                model.prefetch(index + 1)
             self.gone_on = False
             yield self._anatomy(index)
 
@@ -145,8 +145,12 @@ class Prefix:
                     add_products(lack, (theirs[place] - ours[place]) * u, read)
         self.gone_on |= last
         total = float(weights.double().sum())
-        if not torch.isfinite(h).all():
-            raise AthenaError(f"block {index}, {name}: NaN or Inf in its input; check the model's weights")
+        sums = (h, off) if lack is None else (h, off, lack)
+        if not all(bool(torch.isfinite(part).all()) for part in sums):
+            raise AthenaError(
+                f"{self.original.names[id(self.original.blocks[index])]}.{name}: NaN or Inf in its input; check the "
+                "model's weights, or use --no-sequential"
+            )
         return Moments((h + h.T) / (2 * total), off / total, None if lack is None else lack / total)
 
     def _read(
@@ -234,15 +238,16 @@ def targets(
     weights: Sequence[torch.Tensor], moments: Moments, damping: float, correction: float = CORRECTION
 ) -> list[torch.Tensor]:
     """What is to be encoded for each of `weights` [rows, columns] float32, which read the same input. `damping`: of H's
-    mean diagonal."""
+    mean diagonal. Raises torch's LinAlgError if H is not positive semidefinite."""
     import torch
 
     damped = moments.h.double()
     damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
     factor = torch.linalg.cholesky(damped)
+    del damped
     found = []
     for weight in weights:
-        wanted = weight.double() @ moments.off.double()
+        wanted = (weight @ moments.off).double()
         if moments.lack is not None:
             wanted += moments.lack.double()
         change = torch.cholesky_solve(wanted.T, factor).T

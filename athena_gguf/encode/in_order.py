@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from athena_gguf import progress
 from athena_gguf.encode.layer import encode_layer
 from athena_gguf.encode.pool import EncodePool
+from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import Tensor
 from athena_gguf.memory import cores
 from athena_gguf.plan import block_of
@@ -42,6 +44,7 @@ class InOrder:
         self.opened, self.plan, self.base = opened, plan, base
         self.settings, self.writer, self.timed = settings, writer, timed
         self.groups: dict[str, tuple[Sequence[str], torch.Tensor]] = {}  # by name: all that read the input, and u
+        self.finished: frozenset[str] = frozenset()  # before it began
 
     def take(self, curvature: Curvature, names: Sequence[str]) -> bool:
         """Whether the tensors `names` are of a block's layers, and so wait for `run`."""
@@ -102,30 +105,42 @@ class InOrder:
         import torch
 
         from athena_gguf.calibration.prefix import targets
+        from athena_gguf.encode.metric import threads_for
 
         device = self.prefix.device
         if moments.lack is not None and rows is not None:  # in the file's order
             moments.lack[torch.from_numpy(rows).to(device)] = moments.lack.clone()
         weights = [self.base.tensors[name].to_torch(device) for name in group]
         wanted = []
-        for name, target in zip(group, targets(weights, moments, self.settings.damping), strict=True):
+        with threads_for(moments.h):
+            try:
+                found_targets = targets(weights, moments, self.settings.damping)
+            except torch.linalg.LinAlgError as error:
+                raise AthenaError(f"tensor {group[0]}: {error}; give more or other calibration text") from error
+        h = moments.h
+        del moments, weights
+        for name, target in zip(group, found_targets, strict=True):
             data = target.cpu().numpy()
             wanted.append(Tensor(name, data.shape, "F32", data.view(np.uint8)))
         found = {}
         kinds = self.plan.encoded
-        for name, encoded in encode_layer(self.pool, moments.h, wanted, kinds, device, finished=self.finished):
+        for name, encoded in encode_layer(self.pool, h, wanted, kinds, device, finished=self.finished):
             self.writer.put(name, encoded)
             found[name] = encoded.data
         return found
 
     def _rows(self, index: int, module: str, name: str) -> npt.NDArray[np.int64] | None:
-        """For every row of a module its place in the file; None if the file has other rows."""
+        """For every row of a module its place in the file; None, with a warning, if the file has other rows."""
         from athena_gguf.tune.student import row_order
 
-        weight = self.prefix.weight(index, module)
-        if self.base.tensors[name].type_name == "BF16":
-            weight = weight.bfloat16()
-        return row_order(self.base.tensors[name].to_float32(), weight.float().cpu().numpy())
+        rows = self.base.tensors[name].to_float32()
+        weight = self.prefix.weight(index, module).float().cpu().numpy()
+        found = row_order(rows, weight)
+        if found is None:
+            found = _rounded_order(rows, weight)
+        if found is None:
+            progress.note(f"warning: {name} has other rows than the model's {module}: its errors are not made up for")
+        return found
 
     def _put(
         self, index: int, module: str, rows: npt.NDArray[np.int64] | None, name: str, data: npt.NDArray[np.uint8]
@@ -136,3 +151,13 @@ class InOrder:
         if rows is not None:
             tensor = Tensor(name, self.plan.shapes[name], self.plan.kind(name), data)
             self.prefix.put(index, module, torch.from_numpy(tensor.to_float32()[rows]))
+
+
+def _rounded_order(
+    file_rows: npt.NDArray[np.float32], module_rows: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int64] | None:
+    """As `row_order` of rows that one side has rounded to another type of 16 bits: by their places along a line."""
+    line = np.random.default_rng(0).standard_normal(file_rows.shape[1])
+    order = np.empty(len(module_rows), np.int64)
+    order[np.argsort(module_rows @ line)] = np.argsort(file_rows @ line)
+    return order if np.allclose(file_rows[order], module_rows, rtol=2**-7, atol=2**-24) else None

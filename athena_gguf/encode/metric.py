@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -104,14 +106,23 @@ def _inverse_factor(h: torch.Tensor, wide_threads: int | None) -> torch.Tensor:
     """
     import torch
 
-    threads = torch.get_num_threads()
-    if h.shape[-1] >= _WIDE and h.device.type == "cpu":
-        torch.set_num_threads(wide_threads or cores())
-    try:
+    with threads_for(h, wide_threads):
         lower, failed = torch.linalg.cholesky_ex(h.flip(-2, -1).double())
         if failed.any():
             raise ValueError("the curvature is not positive definite, even damped")
         return _invert_upper(lower.flip(-2, -1)).float().contiguous()
+
+
+@contextmanager
+def threads_for(h: torch.Tensor, wide_threads: int | None = None) -> Iterator[None]:
+    """Dense algebra of a matrix as wide as `h`: on the CPU in `wide_threads` (None: all) if it is wide."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if h.shape[-1] >= _WIDE and h.device.type == "cpu":
+        torch.set_num_threads(wide_threads or cores())
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

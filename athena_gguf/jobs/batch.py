@@ -75,7 +75,8 @@ def _run(batch: Batch, jobs: list[Job], pool: Pool, limit: int) -> dict[str, Job
                 return
             job = queue[0]
             if job.spread is None:
-                job = replace(job, spread=pool.spreads(len(running) + len(waiting)))
+                alone = bool(job.settings.get("sequential"))  # on one machine
+                job = replace(job, spread=not alone and pool.spreads(len(running) + len(waiting)))
             spread = sum(bool(other.spread) for other in running.values())
             if job.spread and spread >= max(1, pool.machines()):
                 continue

@@ -118,6 +118,8 @@ def _jobs(path: Path, entry: dict[str, Any], common: dict[str, Any], folder: Pat
         spread = settings.pop("spread", None)
         try:
             ConvertOptions(**settings).check()
+            if spread and settings.get("sequential"):
+                raise UsageError("sequential encodes on one machine; leave spread out")
         except UsageError as error:
             raise UsageError(f"{path}: {file} of {where}: {error}") from error
         jobs.append(Job(f"{name}/{file}", name, model, str(out / file), str(work / name), settings, spread))

@@ -94,6 +94,15 @@ class BlockModel:
         found = self.blocks[index](hidden, **self.arguments[tuple(hidden.shape[:2])][index])
         return found[0] if isinstance(found, tuple) else found
 
+    def share(self, other: BlockModel) -> None:
+        """Take all but the blocks' weights from another copy of the model, which has seen the tokens to be run."""
+        inner = {id(parameter) for block in other.blocks for parameter in block.parameters()}
+        for name, parameter in other.model.named_parameters():
+            if id(parameter) not in inner:
+                _set(self.model, name, parameter)
+        self.model.tie_weights()
+        self.arguments = other.arguments
+
     def output(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [windows, length, vocabulary] for the last block's output."""
         last = len(self.blocks) - 1
@@ -201,7 +210,7 @@ def open_blocks(
     quiet_transformers()
     checkpoint = Checkpoint(model_dir)
     try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         with _parameters_on_meta():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         layers = model.get_decoder().layers
