@@ -44,22 +44,6 @@ def made(tiny_model, tokens):
     )
 
 
-def inputs(model, names, tokens):
-    """What modules read [tokens, columns] in float64, by hooks on the whole model."""
-    found = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: found.update({name: args[0].detach().flatten(0, 1).double().numpy()})
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        model(input_ids=tokens)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 def gradient_sizes(model, names, tokens):
     """u_t = |g_t| of layers that read one input: gradients of zeros that are added to their outputs."""
     zeros, handles = [], []
@@ -97,7 +81,7 @@ def test_weights_of_tokens(made, tokens):
     """Without gradients the curvature is the mean square of the inputs; a layer of its own has its own gradients."""
     model = made.model
     names = [f"{BLOCK}.self_attn.{x}_proj" for x in "qkv"]
-    x = inputs(model, names, tokens[:8])[names[0]]
+    x = tiny.inputs(model, names, tokens[:8])[names[0]]
     plain = made.measure(bench.change_of("u-power-0"))
     found = {c.about.tensor_names: c for c in plain.curvatures}[tuple(names)]
     np.testing.assert_allclose(found.matrix.numpy(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)

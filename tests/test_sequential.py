@@ -45,22 +45,6 @@ def exact_products(monkeypatch):
         monkeypatch.setattr(module, "measuring", lambda device=None: contextlib.nullcontext())
 
 
-def inputs(model, names, tokens):
-    """What modules read [tokens, columns] in float64, by hooks on the whole model."""
-    found = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: found.update({name: args[0].detach().flatten(0, 1).double().numpy()})
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        model(input_ids=tokens)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 def regression(x, y, u, lack, weights, damping):
     """For each of `weights` [rows, columns] the matrix V that minimizes sum u |W x + lack - V y|^2 + damping |V - W|^2,
     by NumPy's solver; `damping` relative to the mean diagonal of sum u y y^T."""
@@ -115,7 +99,7 @@ def test_targets_are_least_squares(tiny_model, exact_products, tmp_path, readers
         half = prefix.targets(weights, moments, 0.02, correction=0.5)
 
     places = [names[0], *([f"{BLOCK}.{stream}"] if stream else [])]
-    x, y = (inputs(m, places, tokens) for m in (model, student))
+    x, y = (tiny.inputs(m, places, tokens) for m in (model, student))
     lack = x[places[1]] - y[places[1]] if stream else None
     known = [weight.double().numpy() for weight in weights]
     expected = regression(x[names[0]], y[names[0]], u.double().numpy(), lack, known, 0.02)
@@ -144,7 +128,7 @@ def test_conversion(tiny_model, tiny_base, options, short_windows, exact_product
             for readers, stream in READERS:
                 names = [f"model.layers.{index}.{name}" for name in readers]
                 places = [names[0], *([f"model.layers.{index}.{stream}"] if stream else [])]
-                x, y = (inputs(m, places, tokens) for m in (model, behind))
+                x, y = (tiny.inputs(m, places, tokens) for m in (model, behind))
                 lack = x[places[1]] - y[places[1]] if stream else None
                 u = curvatures[names[0]].weights.double().numpy()
                 weights = [model.get_submodule(name).weight.double().numpy() for name in names]

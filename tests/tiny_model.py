@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXT = "the sea sky a boat wave wind and rain is cold it was warm we go far they come near"
@@ -85,6 +86,24 @@ def _make_tokenizer(folder: Path) -> int:
     )
     tokenizer.add_special_tokens(SPECIAL)
     return _save(tokenizer, folder)
+
+
+def inputs(model: Any, names: list[str], tokens: Any) -> dict[str, Any]:
+    """What modules read [tokens, columns] in float64, by hooks on the whole model."""
+    import torch
+
+    found: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found.update({name: args[0].detach().flatten(0, 1).double().numpy()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _make_byte_level_tokenizer(folder: Path) -> int:
