@@ -254,6 +254,7 @@ def test_machines_share_the_encoding_of_one_model(folder, ray_cluster):
         calibration=str(folder / "text.txt"),
         calibration_tokens=1024,
         device="cpu",
+        sequential=False,  # as machines share it
         base=folder / "work" / "llama" / "base.gguf",
     )
     convert(folder / "llama", folder / "alone.gguf", alone)
