@@ -188,22 +188,18 @@ class Bench:
         self.kept = None
         start = time.monotonic()
         windows = self.calibration(change.tokens, change.seed)
-        weights: dict[str, list[torch.Tensor]] = {}
 
         def weigh(names: tuple[str, ...], squares: torch.Tensor) -> torch.Tensor:
-            u = squares ** (change.power / 2)
-            weights.setdefault(names[0], []).append(u)
-            return u
+            return squares ** (change.power / 2)
 
         def measured(layers: Sequence[LinearLayer], some: torch.Tensor) -> list[Curvature]:
             batch = 2 if self.device.type == "cpu" else 16
-            return measure_curvature(self.model, layers, some, batch, change.labels, weigh=weigh)
+            return measure_curvature(self.model, layers, some, batch, change.labels, weigh=weigh, with_weights=True)
 
         with measuring():
             if change.own:
                 # Layers that read one input share its curvature, so they are measured one after the other.
                 together = [c.about.tensor_names for c in measured(self.layers, windows[:1])]
-                weights.clear()
                 by_name = {layer.tensor_name: layer for layer in self.layers}
                 found: list[Curvature] = []
                 for place in range(max(map(len, together))):
@@ -212,8 +208,8 @@ class Bench:
                 found.sort(key=lambda c: order.index(c.about.tensor_names[0]))
             else:
                 found = measured(self.layers, windows)
-        of = {name: torch.cat(parts) for name, parts in weights.items()}
-        result = Measured(found, windows, of, time.monotonic() - start)
+        weights = {c.about.tensor_names[0]: c.weights for c in found if c.weights is not None}
+        result = Measured(found, windows, weights, time.monotonic() - start)
         self.kept = key, result
         return result
 

@@ -340,13 +340,11 @@ class Stage:
         before_files: Callable[[], None],
         exits: ExitStack,
     ) -> Passes:
-        from athena_gguf.calibration.blockwise import LocalPart, Passes, largest_batch
+        from athena_gguf.calibration.blockwise import LocalPart, Passes
         from athena_gguf.calibration.remote import RemotePart
         from athena_gguf.calibration.shelf import Shelf
 
-        on_cpu = self.device.type == "cpu"
-        memory = self._host if on_cpu else self.memory.device
-        batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
+        on_cpu, memory, batch = self._batches(windows)
         room = max(0, memory - self._working_bytes(batch) - model.resident_bytes)
         # What the base file still takes is theirs once it is complete, which `before_files` waits for.
         host, count = self._host, 1 + len(cards)
@@ -365,17 +363,22 @@ class Stage:
         exits.callback(passes.close)
         return passes
 
+    def _batches(self, windows: torch.Tensor) -> tuple[bool, int, int]:
+        """Whether blocks run on the CPU, the bytes of memory there, and how many windows run at a time."""
+        from athena_gguf.calibration.blockwise import largest_batch
+
+        on_cpu = self.device.type == "cpu"
+        memory = self._host if on_cpu else self.memory.device
+        return on_cpu, memory, 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
+
     @contextmanager
     def prefix(self) -> Iterator[Prefix]:
         """The model twice, to go through its blocks in order, on the first device."""
-        from athena_gguf.calibration.blockwise import largest_batch
         from athena_gguf.calibration.prefix import Prefix, open_for_prefix
         from athena_gguf.calibration.shelf import Shelf
 
         windows = self.kept_windows(lambda: None)
-        on_cpu = self.device.type == "cpu"
-        memory = self._host if on_cpu else self.memory.device
-        batch = 2 if on_cpu else largest_batch(windows, memory // 4, self._activation_bytes(1))
+        on_cpu, memory, batch = self._batches(windows)
         with shortage_named(self.device):
             original, quantized = (open_for_prefix(self.model_dir, self.plan, self.device) for _ in range(2))
             assert original is not None and quantized is not None

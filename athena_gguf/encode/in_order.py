@@ -117,14 +117,12 @@ class InOrder:
                 found_targets = targets(weights, moments, self.settings.damping)
             except torch.linalg.LinAlgError as error:
                 raise AthenaError(f"tensor {group[0]}: {error}; give more or other calibration text") from error
-        h = moments.h
-        del moments, weights
         for name, target in zip(group, found_targets, strict=True):
             data = target.cpu().numpy()
             wanted.append(Tensor(name, data.shape, "F32", data.view(np.uint8)))
         found = {}
         kinds = self.plan.encoded
-        for name, encoded in encode_layer(self.pool, h, wanted, kinds, device, finished=self.finished):
+        for name, encoded in encode_layer(self.pool, moments.h, wanted, kinds, device, finished=self.finished):
             self.writer.put(name, encoded)
             found[name] = encoded.data
         return found
