@@ -21,7 +21,8 @@ from test_blockwise import linear
 import athena_gguf.calibration.stage
 import athena_gguf.cards.card
 import athena_gguf.encode.card_queue as card_queue
-from athena_gguf.calibration import Lookup, blockwise, remote
+import athena_gguf.encode.row_queue as row_queue
+from athena_gguf.calibration import Lookup, blockwise, prefix, remote, remote_prefix
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Stage
 from athena_gguf.cards import Card, Cards, wire
@@ -247,17 +248,33 @@ def test_curvatures_are_those_of_one_process(family, config, card, tmp_path):
 
 
 @pytest.mark.usefixtures("two_cards", "short_windows")
-def test_same_file(tiny_model, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_same_file(sequential, tiny_model, options, tmp_path, monkeypatch):
     files = tmp_path / "one.gguf", tmp_path / "two.gguf"
-    settings = options(host_memory="1KiB")
-    encoded, encode = [], card_queue._Remote.encode
-    monkeypatch.setattr(card_queue._Remote, "encode", lambda self, *of: encoded.append(of[2]) or encode(self, *of))
+    settings = options(host_memory="1KiB", sequential=sequential)
+    called, call = [], Card.call
+    monkeypatch.setattr(Card, "call", lambda *of, **named: called.append(of[1]) or call(*of, **named))
     convert(tiny_model, files[1], settings)
-    assert 0 < len(encoded) < 8
+    # Whole inputs go to the one or the other, of those in order some rows of each of 8.
+    assert called.count(row_queue._encode) == 8 if sequential else 0 < called.count(card_queue._encode) < 8
     monkeypatch.setattr(athena_gguf.cards.card, "Card", Inline)
     convert(tiny_model, files[0], settings)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+@pytest.mark.usefixtures("two_cards", "short_windows")
+def test_in_order_as_on_one_device(tiny_model, options, tmp_path, monkeypatch):
+    """Sums over two shares of the windows are those over all, but for their last bits."""
+    wanted, real = [], prefix.targets
+    monkeypatch.setattr(prefix, "targets", lambda *of: wanted.append(real(*of)) or wanted[-1])
+    convert(tiny_model, tmp_path / "two.gguf", options(host_memory="1KiB"))
+    monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device])
+    convert(tiny_model, tmp_path / "one.gguf", options(host_memory="1KiB"))
+    assert len(wanted) == 16
+    (h, two), (same, one) = wanted[0], wanted[8]  # before anything that was encoded otherwise
+    for a, b in zip((h, *two), (same, *one), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.std()))
 
 
 @pytest.mark.usefixtures("two_cards")
@@ -293,34 +310,44 @@ def test_cards_without_windows_encode_only(tiny_model, options, tmp_path, monkey
 
     monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device] * 3)
     monkeypatch.setattr(athena_gguf.cards.card, "Card", Noted)
-    convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=128, host_memory="1KiB"))
+    convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=128, host_memory="1KiB", sequential=False))
     one, two = ({function.__module__ for function in functions} for functions in called)
     assert one == {remote.__name__, card_queue.__name__} and two == {card_queue.__name__}
     assert card_queue._encode in called[1]
 
 
 @pytest.mark.usefixtures("two_cards", "short_windows")
-@pytest.mark.parametrize("step", ["backward", "encode"])
-def test_conversion_with_a_killed_process(step, tiny_model, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sequential", "function", "step"),
+    [
+        (False, remote._summed, "backward"),
+        (False, card_queue._encode, None),
+        (True, remote_prefix._step, "moments"),
+        (True, row_queue._encode, None),
+    ],
+    ids=["curvature", "encoding", "in order, inputs", "in order, encoding"],
+)
+def test_conversion_with_a_killed_process(sequential, function, step, tiny_model, options, tmp_path, monkeypatch):
     """It ends with an error, and the same command goes on from there."""
     out, work = tmp_path / "out.gguf", tmp_path / "work"
-    place, count = (remote.RemotePart if step == "backward" else card_queue._Remote), []
-    run = getattr(place, step)
+    settings = {"host_memory": "1KiB", "sequential": sequential}
+    count, call = [], Card.call
 
-    def killed_at_second(part, *of):
-        count.append(of)
-        if len(count) == 2:
-            os.kill(part.card.process.pid, signal.SIGKILL)
-        return run(part, *of)
+    def killed_at_second(card, called, *of, **named):
+        if called is function and step in (None, *of[:1]):
+            count.append(of)
+            if len(count) == 2:
+                os.kill(card.process.pid, signal.SIGKILL)
+        return call(card, called, *of, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, step, killed_at_second)
+        patch.setattr(Card, "call", killed_at_second)
         with pytest.raises(AthenaError, match="killed by SIGKILL"):
-            convert(tiny_model, out, options(work_dir=work, host_memory="1KiB"))
+            convert(tiny_model, out, options(work_dir=work, **settings))
     assert len(count) >= 2 and not out.exists() and not list(work.glob("shelf*"))
     monkeypatch.setattr(athena_gguf.cards.card, "Card", Inline)
-    convert(tiny_model, out, options(work_dir=work, host_memory="1KiB"))
-    convert(tiny_model, tmp_path / "whole.gguf", options(host_memory="1KiB"))
+    convert(tiny_model, out, options(work_dir=work, **settings))
+    convert(tiny_model, tmp_path / "whole.gguf", options(**settings))
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 

@@ -13,12 +13,12 @@ from athena_gguf.calibration import measure_curvature, precision, prefix
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
+from athena_gguf.encode.in_order import InOrder, rows_in_file
 from athena_gguf.errors import UsageError
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
-from athena_gguf.tune.student import row_order
 
 CPU = torch.device("cpu")
 BLOCK = "model.layers.1"
@@ -60,6 +60,22 @@ def regression(x, y, u, lack, weights, damping):
     return found
 
 
+def part_that_holds(x, y, u, lack, weights, damping, half):
+    """The product's part of how much of the regression on the tokens that `half` marks lowers the error on the others
+    most, and the other way round, for twice the tokens."""
+    gained = power = 0.0
+    for seen, others in ((half, ~half), (~half, half)):
+        lacks = [None if lack is None else lack[of] for of in (seen, others)]
+        found = regression(x[seen], y[seen], u[seen], lacks[0], weights, damping)
+        for weight, solution in zip(weights, found, strict=True):
+            made_up = y[others] @ (solution - weight).T
+            error = (x[others] - y[others]) @ weight.T + (0 if lack is None else lacks[1])
+            gained += (u[others, None] * made_up * error).sum()
+            power += (u[others, None] * made_up**2).sum()
+    b = min(1, max(0, gained / power))
+    return prefix._PART * 2 * b / (1 + b)
+
+
 def linear_layers(model):
     return [LinearLayer(name, name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
 
@@ -74,7 +90,8 @@ def test_targets_are_least_squares(tiny_model, exact_products, tmp_path, readers
     u = curvature.weights
 
     models = [open_blocks(tiny_model, CPU, torch.float32) for _ in range(2)]
-    run = prefix.Prefix(*models, linear_layers(models[0].model), tokens, 3, Shelf(CPU, 100_000, 0, tmp_path / "shelf"))
+    part = prefix.LocalPart(*models, tokens, 3, Shelf(CPU, 100_000, 0, tmp_path / "shelf"))
+    run = prefix.Prefix(linear_layers(models[0].model), part)
     run.begin()
     generator = torch.Generator().manual_seed(1)
 
@@ -93,37 +110,48 @@ def test_targets_are_least_squares(tiny_model, exact_products, tmp_path, readers
         if stream:
             disturb(1, "self_attn.q_proj")
         first = readers[0]
-        moments = run.moments(1, first, u, anatomy.streams.get(first), last=True)
         weights = [run.weight(1, name).float() for name in readers]
-        found = prefix.targets(weights, moments, 0.02, correction=1.0)
-        half = prefix.targets(weights, moments, 0.02, correction=0.5)
+        (h, found), (_, half), (_, held) = (
+            prefix.targets(weights, run.moments(1, first, u, anatomy.streams.get(first)), 0.02, correction)
+            for correction in (1.0, 0.5, None)
+        )
 
     places = [names[0], *([f"{BLOCK}.{stream}"] if stream else [])]
     x, y = (tiny.inputs(m, places, tokens) for m in (model, student))
     lack = x[places[1]] - y[places[1]] if stream else None
     known = [weight.double().numpy() for weight in weights]
-    expected = regression(x[names[0]], y[names[0]], u.double().numpy(), lack, known, 0.02)
-    for target, part, weight, solution in zip(found, half, weights, expected, strict=True):
+    x, y, u = x[names[0]], y[names[0]], u.double().numpy()
+    expected = regression(x, y, u, lack, known, 0.02)
+    np.testing.assert_allclose(h, (y * u[:, None]).T @ y / u.sum(), rtol=1e-4, atol=1e-5 * np.mean(y**2))
+    odd = np.repeat(np.arange(len(tokens)) % 2 == 1, tokens.shape[1])
+    share = part_that_holds(x, y, u, lack, known, 0.02, odd)
+    assert 0.01 < share < 0.99
+    for target, part, best, weight, solution in zip(found, half, held, weights, expected, strict=True):
         moved = np.abs(solution - weight.numpy()).mean()
         assert moved > 0.01 * weight.abs().mean()
         np.testing.assert_allclose(target.numpy(), solution, atol=0.002 * moved)
         torch.testing.assert_close(part, (weight + target) / 2)
+        torch.testing.assert_close(best - weight, share * (target - weight), rtol=0.01, atol=0.002 * moved)
 
 
 def test_conversion(tiny_model, tiny_base, options, short_windows, exact_products, monkeypatch, tmp_path):
     """Each tensor is the encoding of what the tensors before it in the file leave to be done (q and k are there in
     another order of rows)."""
-    kept = {}
-    real = prefix.Prefix.begin
-    monkeypatch.setattr(prefix.Prefix, "begin", lambda self: (kept.update(tokens=torch.cat(self.batches)), real(self)))
-    convert(tiny_model, tmp_path / "out.gguf", options())
-    tokens = kept["tokens"]
+    kept = []
+    real = prefix.LocalPart.__init__
+    monkeypatch.setattr(prefix.LocalPart, "__init__", lambda *args: (kept.append(args[3]), real(*args))[1])
+    convert(tiny_model, tmp_path / "out.gguf", options(embedding_type="A3"))
+    (tokens,) = kept
+    odd = np.repeat(np.arange(len(tokens)) % 2 == 1, tokens.shape[1])
     model, behind = (load_model(tiny_model, CPU, torch.float32) for _ in range(2))
     curvatures = {}
     for layer_group in measure_curvature(model, linear_layers(model), tokens, 2, with_weights=True):
         curvatures |= dict.fromkeys(layer_group.about.tensor_names, layer_group)
+    shares = []
     with GGUFFile(tmp_path / "out.gguf") as file, GGUFFile(tiny_base) as base:
         assert file.metadata["athena.sequential"] is True
+        rows = torch.from_numpy(file.tensors["token_embd.weight"].to_float32())
+        behind.get_input_embeddings().weight = torch.nn.Parameter(rows, requires_grad=False)
         for index in range(2):
             for readers, stream in READERS:
                 names = [f"model.layers.{index}.{name}" for name in readers]
@@ -132,13 +160,16 @@ def test_conversion(tiny_model, tiny_base, options, short_windows, exact_product
                 lack = x[places[1]] - y[places[1]] if stream else None
                 u = curvatures[names[0]].weights.double().numpy()
                 weights = [model.get_submodule(name).weight.double().numpy() for name in names]
-                wanted = regression(x[names[0]], y[names[0]], u, lack, weights, EncodeOptions.damping)
+                given = x[names[0]], y[names[0]], u, lack, weights, EncodeOptions.damping
+                wanted, share = regression(*given), part_that_holds(*given, odd)
+                shares.append(share)
                 h = torch.from_numpy((y[names[0]] * u[:, None]).T @ y[names[0]] / u.sum()).float()
                 for name, weight, solution in zip(names, weights, wanted, strict=True):
                     tensor_name = f"blk.{index}.{FILE_NAMES[name.removeprefix(f'model.layers.{index}.')]}.weight"
-                    order = row_order(base.tensors[tensor_name].to_float32(), weight.astype(np.float32))
+                    in_file = torch.from_numpy(base.tensors[tensor_name].to_float32())
+                    order = rows_in_file(in_file, torch.from_numpy(weight).float()).numpy()
                     target = np.empty_like(weight)
-                    target[order] = weight + prefix.CORRECTION * (solution - weight)
+                    target[order] = weight + share * (solution - weight)
                     expected = encode_matrix(torch.from_numpy(target).float(), h, TYPES["A3"], EncodeOptions())
                     got = file.tensors[tensor_name]
                     # Sums in another order take some rows along another path, as good as this one.
@@ -149,6 +180,18 @@ def test_conversion(tiny_model, tiny_base, options, short_windows, exact_product
                     assert losses[0] == pytest.approx(losses[1], rel=0.02), tensor_name
                     module = behind.get_submodule(name)
                     module.weight.copy_(torch.from_numpy(got.to_float32()[order]))
+    assert max(shares) > 0.1
+
+
+def test_rows_of_the_file():
+    rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    rows[7] = rows[9]
+    order = torch.randperm(300)
+    assert rows_in_file(rows, rows).tolist() == list(range(300))
+    torch.testing.assert_close(rows[rows_in_file(rows, rows[order])], rows[order], rtol=0, atol=0)
+    rounded = rows_in_file(rows.half().float(), rows[order].bfloat16().float())
+    torch.testing.assert_close(rows[rounded], rows[order], rtol=2**-7, atol=0)
+    assert rows_in_file(rows, -rows) is None and rows_in_file(rows[1:], rows) is None
 
 
 def test_kept_without_weights(tiny_model, options, tmp_path, short_windows):
@@ -175,8 +218,6 @@ def test_experts_stay_on_their_own(text, short_windows, tmp_path, capsys):
 def test_rows_rounded_to_another_type(tiny_model, tiny_base, options, short_windows, monkeypatch, tmp_path):
     """A base file of F16, as of a checkpoint of F16, is matched with the model too."""
     import gguf
-
-    from athena_gguf.encode.in_order import InOrder
 
     half = tmp_path / "half.gguf"
     with GGUFFile(tiny_base) as base:

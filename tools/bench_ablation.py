@@ -30,7 +30,7 @@ import torch
 
 from athena_gguf.calibration import Curvature, measure_curvature, text_windows
 from athena_gguf.calibration.precision import measuring
-from athena_gguf.calibration.prefix import Prefix, targets
+from athena_gguf.calibration.prefix import LocalPart, Prefix, targets
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import all_of
 from athena_gguf.calibration.tokens import file_windows
@@ -52,8 +52,8 @@ TUNED_DEFAULT = f"{DEFAULT}+{TUNED}"
 @dataclass(frozen=True)
 class Change:
     """What a line does otherwise. `tokens`: times those of the default; `power`: u_t = |g_t|^power; `own`: a curvature
-    for every layer, not for every input; `correction`: of athena_gguf.calibration.prefix, None: all layers under the
-    original model's inputs; `residual`: with its L."""
+    for every layer, not for every input; `sequential`: layers in order; `correction`: the a of
+    athena_gguf.calibration.prefix, None: by its cross-validation; `residual`: with its L."""
 
     labels: str = "text"
     tokens: float = 1.0
@@ -63,8 +63,9 @@ class Change:
     diagonal: bool = False
     damping: float = EncodeOptions.damping
     sweeps: int = EncodeOptions.sweeps
+    sequential: bool = False
     correction: float | None = None
-    residual: bool = False
+    residual: bool = True
     tuned: bool = False
     repeated: bool = False
 
@@ -76,13 +77,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "damping-0.03": {"damping": 0.03},
     "diagonal": {"diagonal": True},
     "sweeps-8": {"sweeps": 8},
-    "sequential-0": {"correction": 0.0},
-    "sequential-0.5": {"correction": 0.5},
-    "sequential-1": {"correction": 1.0},
-    "sequential-0.25-residual": {"correction": 0.25, "residual": True},
-    "sequential-0.35-residual": {"correction": 0.35, "residual": True},
-    "sequential-0.5-residual": {"correction": 0.5, "residual": True},
-    "sequential-1-residual": {"correction": 1.0, "residual": True},
+    "sequential": {"sequential": True},
+    "sequential-0": {"sequential": True, "correction": 0.0},
+    "sequential-0.35": {"sequential": True, "correction": 0.35},
+    "sequential-0.65": {"sequential": True, "correction": 0.65},
+    "sequential-1": {"sequential": True, "correction": 1.0},
+    "gptaq-0.5": {"sequential": True, "correction": 0.5, "residual": False},
+    "gptaq-1": {"sequential": True, "correction": 1.0, "residual": False},
     "default-again": {"repeated": True},
     "own": {"own": True},
     "sampled": {"labels": "sampled"},
@@ -101,13 +102,13 @@ PARTS = CHANGES | {TUNED: {"tuned": True}}
 MEANINGS = {
     DEFAULT: "u = \\|g\\|, labels from the text, damping 0.01",
     "diagonal": "the curvature's diagonal only",
+    "sequential": "in order, the correction by cross-validation (`--sequential`)",
     "sequential-0": "curvature of the quantized prefix's inputs",
-    "sequential-0.5": "the same, half the asymmetric correction",
-    "sequential-1": "the same, the asymmetric correction (GPTAQ)",
-    "sequential-0.25-residual": "a quarter of the correction, for the residual stream's error too",
-    "sequential-0.35-residual": "0.35 of the correction, for the residual stream's error too (`--sequential`)",
-    "sequential-0.5-residual": "half the correction, for the residual stream's error too",
-    "sequential-1-residual": "the correction, for the residual stream's error too",
+    "sequential-0.35": "in order, 0.35 of the correction everywhere",
+    "sequential-0.65": "in order, 0.65 of the correction everywhere",
+    "sequential-1": "in order, the whole correction",
+    "gptaq-0.5": "half the correction, not for the residual stream's error",
+    "gptaq-1": "the correction, not for the residual stream's error (GPTAQ)",
     "own": "a curvature for every layer (q, k, v, gate and up apart)",
     "sampled": "labels sampled from the model",
     "u-power-0": "u = 1 (GPTQ)",
@@ -218,10 +219,10 @@ class Bench:
         if self.encoded is None or self.encoded[0] != change:
             self.encoded = None
             start = time.monotonic()
-            if change.correction is None:
-                found = self.encode_under(change, measured.curvatures)
+            if change.sequential:
+                found = self.encode_in_order(change, measured)
             else:
-                found = self.encode_in_order(change, measured, change.correction)
+                found = self.encode_under(change, measured.curvatures)
             self.encoded = change, found, time.monotonic() - start
         return self.encoded[1], self.encoded[2]
 
@@ -236,10 +237,10 @@ class Bench:
                 found |= dict(zip(names, pool.submit_together(weights, metric, self.kind)(), strict=True))
         return found
 
-    def encode_in_order(self, change: Change, measured: Measured, correction: float) -> dict[str, Encoded]:
+    def encode_in_order(self, change: Change, measured: Measured) -> dict[str, Encoded]:
         """As athena_gguf.encode.in_order, of a model in memory."""
         batch, memory = 2 if self.device.type == "cpu" else 16, Shelf(self.device, 1 << 62, 0, Path())
-        prefix = Prefix(self.blocks, self.open_copy(), self.layers, measured.windows, batch, memory)
+        prefix = Prefix(self.layers, LocalPart(self.blocks, self.open_copy(), measured.windows, batch, memory))
         by_name = {layer.tensor_name: layer for layer in self.layers}
         by_block: dict[int, list[tuple[str, ...]]] = {}
         for curvature in measured.curvatures:
@@ -252,12 +253,11 @@ class Bench:
                 for names in by_block.get(index, []):
                     modules = [prefix.places[name][1] for name in names]
                     place = anatomy.streams.get(modules[0]) if change.residual else None
-                    moments = prefix.moments(index, modules[0], measured.weights[names[0]], place)
-                    wanted = targets(
-                        [by_name[n].module.weight.float() for n in names], moments, change.damping, correction
-                    )
+                    halves = prefix.moments(index, modules[0], measured.weights[names[0]], place)
+                    weights = [by_name[n].module.weight.float() for n in names]
+                    h, wanted = targets(weights, halves, change.damping, change.correction)
                     with self.pool(change) as pool:
-                        metric = self.metric(change, moments.h, names[0])
+                        metric = self.metric(change, h, names[0])
                         encoded = pool.submit_together(wanted, metric, self.kind)()
                     found |= dict(zip(names, encoded, strict=True))
                     decoded = self.decode({name: found[name].data for name in names})

@@ -2,11 +2,12 @@
 
     python tools/bench_convert_gpu.py TOKENIZER_MODEL WORK --calibration TEXT [--shape 1B 3B 8B] [--blocks N]
         [--tokens 131072] [--window 2048] [--type A3] [--gpus 1 2] [--gpu-memory none 12GiB] [--host-memory 64GiB]
-        [--given-base]
+        [--given-base] [--sequential | --no-sequential]
 
 TOKENIZER_MODEL lends its tokenizer; the models and their base files are made in WORK, which needs four times the size
 of the model, and removed. With `--blocks N` only N of the shape's blocks are made, and a line scales up what they took.
 Every conversion makes its base file, as a user's does; with `--given-base` one is made before, for all of them.
+`--sequential` and `--no-sequential` are `athena-gguf convert`'s.
 Every stage is the conversion's own: seconds that it alone took, and "beside" those of work that went on meanwhile in
 other threads. Curvature and encoding are counted from when the first of them (calibration text and opening the model
 included) began, be it beside the base file, to when the last tensor was encoded: with a wait for the base file in
@@ -190,6 +191,7 @@ def convert(args: argparse.Namespace, model: Path, base: Path, out: Path) -> dic
         calibration_tokens=args.tokens,
         device=args.device,
         tune=False,
+        sequential=args.sequential,
         base=base if args.given_base else None,
         gpu_memory=args.gpu_memory[0],
         host_memory=args.host_memory,
@@ -250,6 +252,8 @@ def _in_process(
     command += ["--gpu-memory", limit] if limit else []
     command += ["--host-memory", args.host_memory] if args.host_memory else []
     command += ["--given-base"] if args.given_base else []
+    if args.sequential is not None:
+        command += ["--sequential" if args.sequential else "--no-sequential"]
     environment = dict(os.environ)
     if "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(cards)))
@@ -317,6 +321,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--given-base", action="store_true", help="made before, once for all conversions of a model")
+    parser.add_argument("--sequential", action=argparse.BooleanOptionalAction, help="encode layers in order")
     parser.add_argument("--one", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.gpu_memory = [None if limit == "none" else limit for limit in args.gpu_memory]

@@ -137,7 +137,7 @@ class Part(Protocol):
 
 class LocalPart:
     """A `Part` that this process works on: its share `windows` [windows, length], `batch_windows` of them at a time.
-    `with_weights`: the curvatures have them, where this is the only part."""
+    `with_weights`: the curvatures have those of its tokens."""
 
     def __init__(
         self,

@@ -80,11 +80,13 @@ class Lookup:
 @dataclass
 class Sums:
     """What the batches of one device came to. Of every input, of experts of each one's: `names` of the tensors that
-    read it, the numbers of `_TOTALS` and the `tokens`; `expert_tokens`: of each of a block's stacked weights."""
+    read it, the numbers of `_TOTALS`, the `tokens` and, where they are kept, their `weights` u; `expert_tokens`: of
+    each of a block's stacked weights."""
 
     names: list[tuple[str, ...]]
     totals: list[list[torch.Tensor]]
     tokens: list[int]
+    weights: list[torch.Tensor | None]
     expert_tokens: list[int]
 
 
@@ -288,19 +290,24 @@ class Collector:
             [part.names for part in parts],
             [[getattr(part, total) for total in _TOTALS] for part in parts],
             [part.tokens for part in parts],
+            [part.weights for part in parts],
             [group.tokens for group in self.experts],
         )
 
     def add(self, other: Collector | Sums) -> None:
-        """Of the same layers in a copy of the model on another device."""
+        """Of the same layers in a copy of the model on another device, for the windows after those so far."""
+        import torch
+
         other = other.sums() if isinstance(other, Collector) else other
         parts = self._parts()
         assert [part.names for part in parts] == other.names
-        for part, totals, tokens in zip(parts, other.totals, other.tokens, strict=True):
+        for part, totals, tokens, weights in zip(parts, other.totals, other.tokens, other.weights, strict=True):
             for name, theirs in zip(_TOTALS, totals, strict=True):
                 ours = getattr(part, name)
                 ours += theirs.to(ours.device)
             part.tokens += tokens
+            if part.weights is not None and weights is not None:
+                part.weights = torch.cat([part.weights, weights])
         for group, tokens in zip(self.experts, other.expert_tokens, strict=True):
             group.tokens += tokens
 

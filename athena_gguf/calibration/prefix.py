@@ -7,16 +7,19 @@ the layer is encoded under H = sum u y y^T, and not for its weights W but for
 
 where d is what the residual stream lacks at the place where the layer's output is added to it (L = 0 for layers that
 do not end there). With a = 1 that is the linear regression of the original outputs (and of the stream) on y, held at W
-by the damping: GPTAQ (Li et al. 2025) has W D, for u = 1. A part of it does better, since D rests on few tokens.
+by the damping: GPTAQ (Li et al. 2025) has W D, for u = 1. Few tokens say little about what can be made up for, and a
+regression that follows them loses on others: so a rests on the part of it that lowers the error most on tokens that
+it has not seen, by cross-validation over two halves of the windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf.calibration.curvature import add_products
 from athena_gguf.calibration.precision import measuring
@@ -30,16 +33,38 @@ if TYPE_CHECKING:
     from athena_gguf.model.blocks import BlockModel
     from athena_gguf.plan import Plan
 
-CORRECTION = 0.35  # a
+# Of the part that lowers a layer's error most, so much: by trial, the whole model's divergence is least (docs/quality.md).
+_PART = 0.7
+_ROWS = 1024  # of a weight that the cross-validation looks at, at most
 
 
 @dataclass
 class Moments:
-    """Of a layer input, over sum u. `h`, `off`: H and D [columns, columns]; `lack`: L [rows, columns], None for 0."""
+    """Of a layer input, over some windows: the sums H and D [columns, columns] and L [rows, columns], None for 0, and
+    `total` of u, which they are not divided by."""
 
     h: torch.Tensor
     off: torch.Tensor
     lack: torch.Tensor | None
+    total: float
+
+    def add(self, other: Moments) -> None:
+        self.h += other.h.to(self.h.device)
+        self.off += other.off.to(self.h.device)
+        if self.lack is not None and other.lack is not None:
+            self.lack += other.lack.to(self.h.device)
+        self.total += other.total
+
+    def finish(self) -> None:
+        """Divide by the `total`, which is 1 then; H becomes symmetric to the last bit."""
+        self.h = (self.h + self.h.T).div_(2 * self.total)
+        self.off /= self.total
+        if self.lack is not None:
+            self.lack /= self.total
+        self.total = 1.0
+
+
+Halves = tuple[Moments, Moments]  # of every other window
 
 
 @dataclass(frozen=True)
@@ -51,85 +76,104 @@ class Anatomy:
     streams: dict[str, str]
 
 
-class Prefix:
-    """Two copies of a model run side by side, block after block: `original`, and `quantized`, whose layers are replaced
-    (`put`) as they become known. `layers`: of the original, that count. `shelf` holds the hidden states of `windows`
-    [windows, length], of which `batch` run at a time."""
+class Part(Protocol):
+    """Two copies of a model run side by side on one device, for its share of the `windows`, so many."""
 
-    def __init__(
-        self,
-        original: BlockModel,
-        quantized: BlockModel,
-        layers: Sequence[LinearLayer],
-        windows: torch.Tensor,
-        batch: int,
-        shelf: Shelf,
-    ) -> None:
-        self.original, self.quantized, self.shelf = original, quantized, shelf
-        self.device = original.device
-        inner = {id(m): (n, name) for n, block in enumerate(original.blocks) for name, m in block.named_modules()}
-        places = ((layer.tensor_name, inner.get(id(layer.torch_module))) for layer in layers)
-        # Tensors of the blocks' layers: the block's number and the module's name there.
-        self.places = {name: place for name, place in places if place is not None}
-        self.batches = [part.to(self.device) for part in windows.split(batch)]
-        self.gone_on = False  # the original has its next block's inputs
+    windows: int
 
-    @property
-    def models(self) -> tuple[BlockModel, BlockModel]:
-        return self.original, self.quantized
+    def begin(self, embeddings: torch.Tensor | None) -> None:
+        """As `Prefix.begin`."""
 
-    def begin(self) -> None:
-        """The inputs of the first block: embeddings count as they are in the original."""
-        import torch
+    def enter(self, index: int) -> None:
+        """The block is loaded in both, until `leave`."""
 
-        with torch.no_grad(), measuring(self.device):
-            self.small = self.original.embed(self.batches[0][:1, :8])
-            for b, tokens in enumerate(self.batches):
-                hidden = self.original.embed(tokens)
-                for key in (True, False):
-                    self.shelf.put((key, b), hidden)
-        self.quantized.share(self.original)
-
-    @contextmanager
-    def block(self, index: int) -> Iterator[Anatomy]:
-        """The block is loaded in both."""
-        import torch
-
-        with self.original.loaded(index), self.quantized.loaded(index), torch.no_grad():
-            self.gone_on = False
-            yield self._anatomy(index)
+    def leave(self) -> None:
+        """Of `enter`."""
 
     def go_on(self, index: int) -> None:
         """To the inputs of the next block, in both."""
-        with measuring(self.device):
-            for model in self.models[self.gone_on :]:
+
+    def put(self, index: int, module: str, weight: torch.Tensor) -> None:
+        """As `Prefix.put`."""
+
+    def moments(self, index: int, name: str, weights: torch.Tensor, place: str | None, last: bool) -> Halves:
+        """As `Prefix.moments`, of the share."""
+
+
+class LocalPart:
+    """A `Part` that this process works on. `shelf` holds the hidden states of `windows` [windows, length], of which
+    `batch` run at a time."""
+
+    def __init__(
+        self, original: BlockModel, quantized: BlockModel, windows: torch.Tensor, batch: int, shelf: Shelf
+    ) -> None:
+        self.original, self.quantized, self.shelf, self.batch = original, quantized, shelf, batch
+        self.windows = len(windows)
+        self.device, self.loaded = original.device, ExitStack()
+        # Every other window: those of one text or kind stand together.
+        halves = [windows[half::2].to(self.device) for half in (0, 1)]
+        self.batches = [(half, part) for half, of in enumerate(halves) for part in of.split(batch) if len(part)]
+        self.gone_on = False  # the original has its next block's inputs
+
+    def begin(self, embeddings: torch.Tensor | None) -> None:
+        import torch
+
+        with torch.no_grad(), measuring(self.device):
+            self.small = self.original.embed(self.batches[0][1][:1, :8])
+            for b, (_, tokens) in enumerate(self.batches):
+                hidden = self.original.embed(tokens)
+                self.shelf.put((True, b), hidden)
+                if embeddings is None:
+                    self.shelf.put((False, b), hidden)
+            self.quantized.share(self.original)
+            if embeddings is None:
+                return
+            module = self.quantized.model.get_input_embeddings()
+            shared, self.quantized.arguments = module.weight, {}
+            module.weight = torch.nn.Parameter(embeddings.to(shared), requires_grad=False)
+            for b, (_, tokens) in enumerate(self.batches):
+                self.shelf.put((False, b), self.quantized.embed(tokens))
+            module.weight = shared
+
+    def enter(self, index: int) -> None:
+        for model in (self.original, self.quantized):
+            self.loaded.enter_context(model.loaded(index))
+        self.gone_on = False
+
+    def leave(self) -> None:
+        self.loaded.close()
+
+    def go_on(self, index: int) -> None:
+        import torch
+
+        models = (self.original, self.quantized)
+        with torch.no_grad(), measuring(self.device):
+            for model in models[self.gone_on :]:
                 for b in range(len(self.batches)):
                     key = model is self.original, b
                     self.shelf.put(key, model.run(index, self.shelf.take(key)))
 
-    def weight(self, index: int, module: str) -> torch.Tensor:
-        """Of a layer of a loaded block in the original model [rows, columns]."""
-        found: torch.Tensor = self.original.blocks[index].get_submodule(module).weight
-        return found
-
     def put(self, index: int, module: str, weight: torch.Tensor) -> None:
-        """Replace the weight [rows, columns] of a layer of a loaded block in the quantized model."""
-        self.quantized.blocks[index].get_submodule(module).weight.copy_(weight)
-
-    def moments(
-        self, index: int, name: str, weights: torch.Tensor, place: str | None = None, last: bool = False
-    ) -> Moments:
-        """Of the input of the layer `name` of a block, as the quantized model is now. `weights`: u of all tokens,
-        window by window. `place`: of the Anatomy's streams, None for L = 0. `last`: the original model goes on to the
-        next block meanwhile, since no other layer of this one is asked for. Raises AthenaError for NaN or Inf."""
         import torch
 
-        rows, columns = self.weight(index, name).shape
-        h, off = (torch.zeros(columns, columns, device=self.device) for _ in range(2))
-        lack = None if place is None else torch.zeros(rows, columns, device=self.device)
+        with torch.no_grad():
+            self.quantized.blocks[index].get_submodule(module).weight.copy_(weight)
+
+    def moments(self, index: int, name: str, weights: torch.Tensor, place: str | None, last: bool) -> Halves:
+        import torch
+
+        rows, columns = self.original.blocks[index].get_submodule(name).weight.shape
+        by_window = weights.view(self.windows, -1)
+        totals = [float(by_window[half::2].double().sum()) for half in (0, 1)]
+
+        def zeros(rows: int) -> torch.Tensor:
+            return torch.zeros(rows, columns, device=self.device)
+
+        found = [Moments(zeros(columns), zeros(columns), zeros(rows) if place is not None else None, t) for t in totals]
+        of_batches = [part.flatten() for half in (0, 1) for part in by_window[half::2].split(self.batch) if len(part)]
         names = [name, *([place] if place else [])]
-        with measuring(self.device):
-            for b, u in enumerate(weights.split([tokens.numel() for tokens in self.batches])):
+        with torch.no_grad(), measuring(self.device):
+            for b, ((half, _), u) in enumerate(zip(self.batches, of_batches, strict=True)):
                 u = u.to(self.device)[:, None]
                 x, y = self.shelf.look((True, b)), self.shelf.look((False, b))
                 theirs, out = self._read(self.original, index, x, names, last)
@@ -138,20 +182,13 @@ class Prefix:
                     self.shelf.take((True, b))
                     self.shelf.put((True, b), out)
                 theirs[""], ours[""] = _flat(x), _flat(y)
-                read = ours[name]
-                add_products(h, read * u.sqrt())
-                add_products(off, (theirs[name] - read) * u, read)
-                if lack is not None and place is not None:
-                    add_products(lack, (theirs[place] - ours[place]) * u, read)
+                read, sums = ours[name], found[half]
+                add_products(sums.h, read * u.sqrt())
+                add_products(sums.off, (theirs[name] - read) * u, read)
+                if sums.lack is not None and place is not None:
+                    add_products(sums.lack, (theirs[place] - ours[place]) * u, read)
         self.gone_on |= last
-        total = float(weights.double().sum())
-        sums = (h, off) if lack is None else (h, off, lack)
-        if not all(bool(torch.isfinite(part).all()) for part in sums):
-            raise AthenaError(
-                f"{self.original.names[id(self.original.blocks[index])]}.{name}: NaN or Inf in its input; check the "
-                "model's weights, or use --no-sequential"
-            )
-        return Moments((h + h.T) / (2 * total), off / total, None if lack is None else lack / total)
+        return found[0], found[1]
 
     def _read(
         self, model: BlockModel, index: int, hidden: torch.Tensor, names: Sequence[str], whole: bool
@@ -178,7 +215,7 @@ class Prefix:
             for handle in handles:
                 handle.remove()
 
-    def _anatomy(self, index: int) -> Anatomy:
+    def anatomy(self, index: int) -> Anatomy:
         """Found by running a few tokens."""
         import torch
 
@@ -214,15 +251,105 @@ class Prefix:
         return Anatomy(tuple(gave), streams)
 
 
+class Prefix:
+    """Two copies of a model run side by side, block after block: `original`, and the quantized one, whose layers are
+    replaced (`put`) as they become known. `layers`: of the original, that count. Every one of the `parts`, of which the
+    first is of this process, has its share of the windows."""
+
+    def __init__(self, layers: Sequence[LinearLayer], first: LocalPart, others: Sequence[Part] = ()) -> None:
+        self.first, self.parts, self.original = first, [first, *others], first.original
+        blocks = self.original.blocks
+        inner = {id(m): (n, name) for n, block in enumerate(blocks) for name, m in block.named_modules()}
+        places = ((layer.tensor_name, inner.get(id(layer.torch_module))) for layer in layers)
+        # Tensors of the blocks' layers: the block's number and the module's name there.
+        self.places = {name: place for name, place in places if place is not None}
+        self.device = self.original.device
+        self.threads = ThreadPoolExecutor(len(self.parts), "device in order")
+
+    def _on_all(self, work: Callable[[Part], Any]) -> list[Any]:
+        """What `work` gives for every part, done by all devices at once."""
+        if len(self.parts) == 1:
+            return [work(self.first)]
+        done = [self.threads.submit(work, part) for part in self.parts]
+        wait(done)
+        return [one.result() for one in done]
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """Of the original [tokens, columns]."""
+        found: torch.Tensor = self.original.model.get_input_embeddings().weight
+        return found
+
+    def begin(self, embeddings: torch.Tensor | None = None) -> None:
+        """The inputs of the first block. `embeddings` [tokens, columns]: the quantized model's, None for those of the
+        original."""
+        self._on_all(lambda part: part.begin(embeddings))
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Anatomy]:
+        """The block is loaded in both copies."""
+        try:
+            self._on_all(lambda part: part.enter(index))
+            yield self.first.anatomy(index)
+        finally:
+            self._on_all(lambda part: part.leave())
+
+    def go_on(self, index: int) -> None:
+        """To the inputs of the next block, in both."""
+        self._on_all(lambda part: part.go_on(index))
+
+    def weight(self, index: int, module: str) -> torch.Tensor:
+        """Of a layer of a loaded block in the original model [rows, columns]."""
+        found: torch.Tensor = self.original.blocks[index].get_submodule(module).weight
+        return found
+
+    def put(self, index: int, module: str, weight: torch.Tensor) -> None:
+        """Replace the weight [rows, columns] of a layer of a loaded block in the quantized model."""
+        self._on_all(lambda part: part.put(index, module, weight))
+
+    def moments(
+        self, index: int, name: str, weights: torch.Tensor, place: str | None = None, last: bool = False
+    ) -> Halves:
+        """Of the input of the layer `name` of a block, as the quantized model is now. `weights`: u of all tokens,
+        window by window. `place`: of the Anatomy's streams, None for L = 0. `last`: the original model goes on to the
+        next block meanwhile, since no other layer of this one is asked for. Raises AthenaError for NaN or Inf."""
+        import torch
+
+        sizes = [part.windows for part in self.parts]
+        shares = [part.flatten() for part in weights.view(sum(sizes), -1).split(sizes)]
+        of_part = {id(part): share for part, share in zip(self.parts, shares, strict=True)}
+        first, *others = self._on_all(lambda part: part.moments(index, name, of_part[id(part)], place, last))
+        while others:
+            for ours, theirs in zip(first, others.pop(0), strict=True):
+                ours.add(theirs)
+        sums = [one for half in first for one in (half.h, half.off, half.lack) if one is not None]
+        if not all(bool(torch.isfinite(one).all()) for one in sums):
+            raise AthenaError(
+                f"{self.original.names[id(self.original.blocks[index])]}.{name}: NaN or Inf in its input; check the "
+                "model's weights, or use --no-sequential"
+            )
+        found: Halves = first
+        return found
+
+
 def open_for_prefix(model_dir: Path, plan: Plan, device: torch.device) -> BlockModel | None:
     """The model of a directory; None where it cannot be run block by block, or has experts, which are sent other tokens
     behind quantized layers."""
+    return None if any(len(plan.shapes[name]) > 2 for name in plan.curved) else _opened(model_dir, device)
+
+
+def open_twice(model_dir: Path, device: torch.device) -> tuple[BlockModel, BlockModel]:
+    """Of a model that `open_for_prefix` has opened."""
+    original, quantized = (_opened(model_dir, device) for _ in range(2))
+    assert original is not None and quantized is not None
+    return original, quantized
+
+
+def _opened(model_dir: Path, device: torch.device) -> BlockModel | None:
     import torch
 
     from athena_gguf.model.blocks import open_blocks
 
-    if any(len(plan.shapes[name]) > 2 for name in plan.curved):
-        return None
     return open_blocks(model_dir, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
@@ -235,21 +362,57 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def targets(
-    weights: Sequence[torch.Tensor], moments: Moments, damping: float, correction: float = CORRECTION
-) -> list[torch.Tensor]:
-    """What is to be encoded for each of `weights` [rows, columns] float32, which read the same input. `damping`: of H's
-    mean diagonal. Raises torch's LinAlgError if H is not positive semidefinite."""
+    weights: Sequence[torch.Tensor], halves: Halves, damping: float, correction: float | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """H [columns, columns], over sum u, and what is to be encoded for each of `weights` [rows, columns] float32, which
+    read the same input. `damping`: of H's mean diagonal. `correction`: a, None for what the cross-validation gives. The
+    halves are used up. Raises torch's LinAlgError if H is not positive semidefinite."""
     import torch
 
-    damped = moments.h.double()
-    damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
-    factor = torch.linalg.cholesky(damped)
-    del damped
+    a = _PART * _that_holds(weights, halves, damping) if correction is None else correction
+    moments, other = halves
+    moments.add(other)
+    moments.finish()
+    factor = _factor(moments.h, damping)
     found = []
     for weight in weights:
-        wanted = (weight @ moments.off).double()
-        if moments.lack is not None:
-            wanted += moments.lack.double()
-        change = torch.cholesky_solve(wanted.T, factor).T
-        found.append((weight.double() + correction * change).float())
-    return found
+        change = torch.cholesky_solve(_wanted(weight, moments).double().T, factor).T
+        found.append((weight.double() + a * change).float())
+    return moments.h, found
+
+
+def _wanted(weight: torch.Tensor, moments: Moments, rows: slice = slice(None)) -> torch.Tensor:
+    """W D + L, of some rows."""
+    found = weight[rows] @ moments.off
+    return found if moments.lack is None else found + moments.lack[rows]
+
+
+def _factor(h: torch.Tensor, damping: float) -> torch.Tensor:
+    import torch
+
+    damped = h.double()
+    damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
+    return torch.linalg.cholesky(damped)
+
+
+def _that_holds(weights: Sequence[torch.Tensor], halves: Halves, damping: float) -> float:
+    """The regression on either half lowers the other's error most if it is made this part of itself,
+
+        b = sum <C_1, W D_2 + L_2> / sum tr(C_1 H_2 C_1^T),    C_1 = (W D_1 + L_1) (H_1 + damping)^-1
+
+    If g of the error can be made up for, and half of the tokens put n of it there by chance, b is g / (g + n); that of
+    all tokens is g / (g + n / 2) = 2 b / (1 + b)."""
+    import torch
+
+    if not all(half.total for half in halves):
+        return 0.0
+    gained = power = 0.0
+    for one, other in (halves, halves[::-1]):
+        factor = _factor(one.h, damping)
+        for weight in weights:
+            some = slice(None, None, -(-len(weight) // _ROWS))
+            change = torch.cholesky_solve(_wanted(weight, one, some).double().T, factor).T.float()
+            gained += float((change * _wanted(weight, other, some)).sum(dtype=torch.float64))
+            power += float(((change @ other.h) * change).sum(dtype=torch.float64))
+    b = min(1.0, max(0.0, gained / power)) if power else 0.0
+    return 2 * b / (1 + b)

@@ -32,7 +32,8 @@ def open_there(card: Card, model_dir: Path, dtype: torch.dtype, resident: int) -
 class RemotePart:
     """A `Part` in the process of a card on which the model was opened: its share `windows`, taken `batch` at a time.
     `room`, `host`: bytes of its shelf on the device and in host memory; beyond it writes to `folder`, once `disk` has
-    returned, with the bytes of host memory that have become free (as `Shelf`'s). Close it."""
+    returned, with the bytes of host memory that have become free (as `Shelf`'s). `with_weights`: as of `LocalPart`.
+    Close it."""
 
     def __init__(
         self,
@@ -43,9 +44,10 @@ class RemotePart:
         host: int,
         folder: Path,
         disk: Callable[[], int] = lambda: 0,
+        with_weights: bool = False,
     ) -> None:
         self.card, self.folder = card, folder
-        card.call(_start, windows.contiguous(), batch, room, host, folder)
+        card.call(_start, windows.contiguous(), batch, room, host, folder, with_weights)
         Thread(target=self._allow_files, args=(disk,), daemon=True).start()
 
     def _allow_files(self, disk: Callable[[], int]) -> None:
@@ -103,13 +105,15 @@ def _open(here: Here, model_dir: Path, dtype: torch.dtype, resident: int) -> boo
     return blocks is not None
 
 
-def _start(here: Here, windows: torch.Tensor, batch: int, room: int, host: int, folder: Path) -> None:
+def _start(
+    here: Here, windows: torch.Tensor, batch: int, room: int, host: int, folder: Path, with_weights: bool
+) -> None:
     from athena_gguf.calibration.blockwise import LocalPart
     from athena_gguf.calibration.shelf import Shelf
 
     held: _Measuring = here.held[_Measuring]
     shelf = Shelf(here.device, room, host, folder, held.disk)
-    held.part = LocalPart(held.blocks, shelf, windows, batch)
+    held.part = LocalPart(held.blocks, shelf, windows, batch, with_weights=with_weights)
 
 
 def _files(here: Here, freed: int | None) -> None:

@@ -356,7 +356,8 @@ class Stage:
         others = []
         for n, (card, part) in enumerate(zip(cards, rest, strict=True), 1):
             disk = partial(_given_once, before_files, iter([later]))
-            others.append(RemotePart(card, part, batch, room, now, self.work / f"shelf{n}", disk))
+            folder = self.work / f"shelf{n}"
+            others.append(RemotePart(card, part, batch, room, now, folder, disk, self.with_weights))
             exits.callback(others[-1].close)
         first = LocalPart(model, shelf, share, batch, with_weights=self.with_weights)
         passes = Passes(first, windows.numel(), advance, others)
@@ -373,22 +374,29 @@ class Stage:
 
     @contextmanager
     def prefix(self) -> Iterator[Prefix]:
-        """The model twice, to go through its blocks in order, on the first device."""
-        from athena_gguf.calibration.prefix import Prefix, open_for_prefix
+        """The model twice on every device, to go through its blocks in order."""
+        from athena_gguf.calibration.prefix import LocalPart, Prefix, open_twice
+        from athena_gguf.calibration.remote_prefix import RemotePart
         from athena_gguf.calibration.shelf import Shelf
 
         windows = self.kept_windows(lambda: None)
         on_cpu, memory, batch = self._batches(windows)
-        with shortage_named(self.device):
-            original, quantized = (open_for_prefix(self.model_dir, self.plan, self.device) for _ in range(2))
-            assert original is not None and quantized is not None
+        cards = self.cards[: len(windows) - 1]
+        share, *rest = windows.tensor_split(1 + len(cards))
+        with shortage_named(self.device), ExitStack() as exits:
+            original, quantized = open_twice(self.model_dir, self.device)
             taken = 2 * self._working_bytes(batch) + original.resident_bytes + quantized.resident_bytes
-            shelf = Shelf(self.device, max(0, memory - taken), 0 if on_cpu else self._host, self.work / "shelf")
-            try:
-                layers = self._layers(original.model, original.columns)
-                yield Prefix(original, quantized, layers, windows, batch, shelf)
-            finally:
-                shelf.close()
+            room, host = max(0, memory - taken), 0 if on_cpu else self._host // (1 + len(cards))
+            others = []
+            for n, (card, part) in enumerate(zip(cards, rest, strict=True), 1):
+                others.append(RemotePart(card, self.model_dir, part, batch, room, host, self.work / f"shelf{n}"))
+                exits.callback(others[-1].close)
+            shelf = Shelf(self.device, room, host, self.work / "shelf0")
+            exits.callback(shelf.close)
+            layers = self._layers(original.model, original.columns)
+            found = Prefix(layers, LocalPart(original, quantized, share, batch, shelf), others)
+            exits.callback(found.threads.shutdown)
+            yield found
 
     @cached_property
     def _widest(self) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from athena_gguf import progress
-from athena_gguf.encode.layer import encode_layer
 from athena_gguf.encode.pool import EncodePool
+from athena_gguf.encode.row_queue import RowEncoders
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import Tensor
 from athena_gguf.memory import cores
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     import torch
 
     from athena_gguf.calibration.curvature import Curvature
-    from athena_gguf.calibration.prefix import Anatomy, Moments, Prefix
+    from athena_gguf.calibration.prefix import Anatomy, Halves, Prefix
+    from athena_gguf.cards import Card
     from athena_gguf.encode import EncodeOptions
     from athena_gguf.encode.stage import Writer
     from athena_gguf.gguf_file import GGUFFile
     from athena_gguf.plan import Plan
 
 
+_EMBEDDINGS = "token_embd.weight"
+_LINES = 64
+
+
 class InOrder:
     """`take` what is known of the layers' inputs, in any order, then `run`. `opened` gives what the model runs in;
-    `timed(name)` is a context that adds to a stage's time."""
+    `timed(name)` is a context that adds to a stage's time; `cards` encode a share of every tensor's rows."""
 
     def __init__(
         self,
@@ -40,8 +45,9 @@ class InOrder:
         settings: EncodeOptions,
         writer: Writer,
         timed: Callable[[str], Any],
+        cards: Sequence[Card] = (),
     ) -> None:
-        self.opened, self.plan, self.base = opened, plan, base
+        self.opened, self.plan, self.base, self.cards = opened, plan, base, cards
         self.settings, self.writer, self.timed = settings, writer, timed
         self.groups: dict[str, tuple[Sequence[str], torch.Tensor]] = {}  # by name: all that read the input, and u
         self.finished: frozenset[str] = frozenset()  # before it began
@@ -64,8 +70,9 @@ class InOrder:
         with ExitStack() as exits:
             with self.timed("curvature"):
                 self.prefix = prefix = exits.enter_context(self.opened())
-                prefix.begin()
-            self.pool = exits.enter_context(EncodePool(self.settings, cores(), prefix.device))
+                prefix.begin(self._embeddings())
+            pool = exits.enter_context(EncodePool(self.settings, cores(), prefix.device))
+            self.encoders = exits.enter_context(RowEncoders(pool, prefix.device, self.cards))
             last = max(prefix.places[name][0] for name in self.groups)
             for index in range(last + 1):
                 names = {module: name for name, (n, module) in prefix.places.items() if n == index}
@@ -76,6 +83,17 @@ class InOrder:
                     if index < last:
                         with self.timed("curvature"):
                             prefix.go_on(index)
+
+    def _embeddings(self) -> torch.Tensor | None:
+        """Of the file as it will be [tokens, columns]; None if they are none, or others than the model looks up."""
+        import torch
+
+        if _EMBEDDINGS not in self.finished:
+            return None
+        ours, theirs = self.base.tensors[_EMBEDDINGS].to_torch(self.prefix.device), self.prefix.embeddings.float()
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2**-7, atol=2**-24):
+            return None
+        return self._decoded(_EMBEDDINGS, self.writer.done.data(_EMBEDDINGS))
 
     def _block(self, index: int, anatomy: Anatomy, names: Mapping[str, str]) -> None:
         """`names`: of the tensors, by module."""
@@ -99,7 +117,7 @@ class InOrder:
                 self._put(index, module, self._rows(index, module, name), name, self.writer.done.data(name))
 
     def _encode(
-        self, group: Sequence[str], rows: npt.NDArray[np.int64] | None, moments: Moments
+        self, group: Sequence[str], rows: torch.Tensor | None, halves: Halves
     ) -> dict[str, npt.NDArray[np.uint8]]:
         """The bytes of tensors that read one input, which are put away too. `rows`: of the first of them."""
         import torch
@@ -107,55 +125,54 @@ class InOrder:
         from athena_gguf.calibration.prefix import targets
         from athena_gguf.encode.metric import threads_for
 
-        device = self.prefix.device
-        if moments.lack is not None and rows is not None:  # in the file's order
-            moments.lack[torch.from_numpy(rows).to(device)] = moments.lack.clone()
-        weights = [self.base.tensors[name].to_torch(device) for name in group]
-        wanted = []
-        with threads_for(moments.h):
+        for half in halves:
+            if half.lack is not None and rows is not None:  # in the file's order
+                half.lack[rows] = half.lack.clone()
+        weights = [self.base.tensors[name].to_torch(self.prefix.device) for name in group]
+        with threads_for(halves[0].h):
             try:
-                found_targets = targets(weights, moments, self.settings.damping)
+                h, wanted = targets(weights, halves, self.settings.damping)
             except torch.linalg.LinAlgError as error:
                 raise AthenaError(f"tensor {group[0]}: {error}; give more or other calibration text") from error
-        for name, target in zip(group, found_targets, strict=True):
-            data = target.cpu().numpy()
-            wanted.append(Tensor(name, data.shape, "F32", data.view(np.uint8)))
+        del weights
         found = {}
-        kinds = self.plan.encoded
-        for name, encoded in encode_layer(self.pool, moments.h, wanted, kinds, device, finished=self.finished):
+        kinds = {name: self.plan.encoded[name] for name in group}
+        for name, encoded in self.encoders.encode(h, dict(zip(group, wanted, strict=True)), kinds, self.finished):
             self.writer.put(name, encoded)
             found[name] = encoded.data
         return found
 
-    def _rows(self, index: int, module: str, name: str) -> npt.NDArray[np.int64] | None:
+    def _rows(self, index: int, module: str, name: str) -> torch.Tensor | None:
         """For every row of a module its place in the file; None, with a warning, if the file has other rows."""
-        from athena_gguf.tune.student import row_order
-
-        rows = self.base.tensors[name].to_float32()
-        weight = self.prefix.weight(index, module).float().cpu().numpy()
-        found = row_order(rows, weight)
-        if found is None:
-            found = _rounded_order(rows, weight)
+        rows = self.base.tensors[name].to_torch(self.prefix.device)
+        found = rows_in_file(rows, self.prefix.weight(index, module).float())
         if found is None:
             progress.note(f"warning: {name} has other rows than the model's {module}: its errors are not made up for")
         return found
 
-    def _put(
-        self, index: int, module: str, rows: npt.NDArray[np.int64] | None, name: str, data: npt.NDArray[np.uint8]
-    ) -> None:
+    def _put(self, index: int, module: str, rows: torch.Tensor | None, name: str, data: npt.NDArray[np.uint8]) -> None:
         """A tensor's bytes into the quantized model, unless the file has other rows than the module."""
-        import torch
-
         if rows is not None:
-            tensor = Tensor(name, self.plan.shapes[name], self.plan.kind(name), data)
-            self.prefix.put(index, module, torch.from_numpy(tensor.to_float32()[rows]))
+            self.prefix.put(index, module, self._decoded(name, data)[rows])
+
+    def _decoded(self, name: str, data: npt.NDArray[np.uint8]) -> torch.Tensor:
+        return Tensor(name, self.plan.shapes[name], self.plan.kind(name), data).to_torch(self.prefix.device)
 
 
-def _rounded_order(
-    file_rows: npt.NDArray[np.float32], module_rows: npt.NDArray[np.float32]
-) -> npt.NDArray[np.int64] | None:
-    """As `row_order` of rows that one side has rounded to another type of 16 bits: by their places along a line."""
-    line = np.random.default_rng(0).standard_normal(file_rows.shape[1])
-    order = np.empty(len(module_rows), np.int64)
-    order[np.argsort(module_rows @ line)] = np.argsort(file_rows @ line)
-    return order if np.allclose(file_rows[order], module_rows, rtol=2**-7, atol=2**-24) else None
+def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Tensor | None:
+    """For every row of a module its place in the file (llama.cpp's converter permutes q and k), both [rows, columns];
+    None if the file has others. Either side may be rounded to another type of 16 bits."""
+    import torch
+
+    def same(ours: torch.Tensor) -> bool:
+        return torch.allclose(ours, module_rows, rtol=2**-7, atol=2**-24)
+
+    if file_rows.shape != module_rows.shape:
+        return None
+    if same(file_rows):
+        return torch.arange(len(module_rows), device=module_rows.device)
+    # The nearest, as seen from some directions.
+    lines = torch.randn(_LINES, file_rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    file, module = (rows.double() @ lines.T.to(rows.device) for rows in (file_rows, module_rows))
+    order = (2 * module @ file.T - file.square().sum(1)).argmax(1)
+    return order if same(file_rows[order]) else None

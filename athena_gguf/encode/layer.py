@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from athena_gguf.encode.experts import encode_experts
 from athena_gguf.encode.matrix import Encoded
@@ -14,13 +14,28 @@ from athena_gguf.format import TYPES
 if TYPE_CHECKING:
     import torch
 
-    from athena_gguf.gguf_file.reader import Tensor
+
+class Weights(Protocol):
+    """A tensor of a file, or rows in memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n_elements(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    def to_torch(self, device: torch.device | str) -> torch.Tensor:
+        """As float32."""
+        ...
 
 
 def encode_layer(
     pool: EncodePool,
     matrix: torch.Tensor | None,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Weights],
     kinds: Mapping[str, str],
     device: torch.device | str,
     first_expert: int = 0,
@@ -56,9 +71,9 @@ def encode_layer(
         yield name, result()
 
 
-def _batches(tensors: Sequence[Tensor], kinds: Mapping[str, str]) -> Iterator[list[Tensor]]:
+def _batches(tensors: Sequence[Weights], kinds: Mapping[str, str]) -> Iterator[list[Weights]]:
     """In order, those of one type together while they are small."""
-    batch: list[Tensor] = []
+    batch: list[Weights] = []
     for tensor in sorted(tensors, key=lambda tensor: kinds[tensor.name]):
         size = sum(other.n_elements for other in (*batch, tensor))
         if batch and (kinds[batch[0].name] != kinds[tensor.name] or size > GPU_PIECE):
@@ -72,7 +87,7 @@ def _batches(tensors: Sequence[Tensor], kinds: Mapping[str, str]) -> Iterator[li
 def start_layer(
     pool: EncodePool,
     matrix: torch.Tensor | None,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Weights],
     kinds: Mapping[str, str],
 ) -> Iterator[tuple[str, Callable[[], Encoded]]]:
     """As `encode_layer`, of tensors [rows, columns] on the CPU: the encoding of each begins when it is asked for, and

@@ -49,14 +49,13 @@ def encode_tensors(
     what gives blocks' tensors the inputs under which they are encoded in order, after all else. Raises AthenaError
     naming the tensor if its curvature is none, or if the disk has no room."""
     from athena_gguf.calibration import store
-    from athena_gguf.calibration.prefix import CORRECTION
     from athena_gguf.encode import EncodeOptions, finished
     from athena_gguf.encode.in_order import InOrder
     from athena_gguf.gguf_file import GGUFFile
 
     settings = EncodeOptions()
     # In order, what is encoded depends on all that was encoded before.
-    sequence = () if prefix is None else (CORRECTION, plan.encoded, plan.standard)
+    sequence = () if prefix is None else (plan.encoded, plan.standard)
     key = store.derived_fingerprint(calibration.key, [base_path], finished.METHOD, vars(settings), *sequence)
     done = finished.FinishedTensors(folder, key)
     found = {name for name, kind in (plan.encoded | plan.standard).items() if done.find(name, kind)}
@@ -84,7 +83,7 @@ def encode_tensors(
         if found:
             advance(sum(plan.elements(name) for name in found if name in plan.encoded))
         standard = [name for name in plan.standard if name not in found]
-        order = None if prefix is None else InOrder(prefix, plan, base, settings, writer, timed)
+        order = None if prefix is None else InOrder(prefix, plan, base, settings, writer, timed, cards)
         if on_gpu or order is not None:
             writer.quantize(standard)
         for name in plan.encoded:

@@ -1,4 +1,7 @@
-"""Rows of symbols to bytes and back, and the NumPy reference decoder (`docs/format.md`, "Row" and "Value")."""
+"""Rows of symbols to bytes and back, and the reference decoder (`docs/format.md`, "Row" and "Value").
+
+All of it works on NumPy arrays or on torch tensors of bytes, on any device; results are of the same kind.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 U8 = npt.NDArray[np.uint8]
-Bytes = TypeVar("Bytes", U8, "torch.Tensor")  # packing works on arrays of either kind
-ONE, TWO = np.uint8(1), np.uint8(2)  # keep bytes bytes, for NumPy and for mypy
+Bytes = TypeVar("Bytes", U8, "torch.Tensor")
+_SCALES = decode_scale(np.arange(256, dtype=np.uint8))
 
 
 def row_bytes(kind: AType, columns: int) -> int:
@@ -26,34 +29,26 @@ def row_bytes(kind: AType, columns: int) -> int:
     return columns // GROUP * kind.group_bytes
 
 
-def windows(kind: AType, symbols: U8) -> U8:
+def windows(kind: AType, symbols: Bytes) -> Bytes:
     """The 4-bit window w_t of every weight; `symbols` and the result are [rows, columns] in column order."""
-    steps = symbols.reshape(symbols.shape[0], -1, LANES)
-    before = np.zeros_like(steps)
-    before[:, 1:] = steps[:, :-1]
+    before = _delayed(symbols, 1)
     if kind.bits == 2:
-        w = steps << TWO | before
-    elif kind.bits == 3:
-        w = steps >> ONE << TWO | (steps & ONE) << ONE | before & ONE
-    else:
-        w = steps
-    return w.reshape(symbols.shape)
+        return symbols << 2 | before
+    if kind.bits == 3:
+        return symbols >> 1 << 2 | (symbols & 1) << 1 | before & 1
+    return symbols
 
 
-def levels(kind: AType, symbols: U8) -> npt.NDArray[np.int8]:
-    """The unscaled integer value T1[w_t] + T2[w_{t-d}] - 64 of every weight, [rows, columns]."""
+def levels(kind: AType, symbols: Bytes) -> Any:
+    """The unscaled integer value T1[w_t] + T2[w_{t-d}] - 64 of every weight, [rows, columns] int8."""
     w = windows(kind, symbols)
-    shift = kind.delay * LANES
-    delayed = np.zeros_like(w)
-    delayed[:, shift:] = w[:, :-shift]
-    return (kind.table1[w].astype(np.int16) + kind.table2[delayed] - 64).astype(np.int8)
+    # Sums lie between 0 and 127, and so in the bytes that the tables have.
+    values = _entries(kind.table1.astype(np.int8) - np.int8(64), w)
+    return values + _entries(kind.table2.astype(np.int8), _delayed(w, kind.delay))
 
 
 def pack_rows(kind: AType, symbols: Bytes, scale_bytes: Bytes) -> Bytes:
-    """Symbols [rows, columns] below 2^bits and scale bytes [rows, columns / 64] to rows of bytes [rows, row_bytes].
-
-    NumPy arrays or torch tensors of bytes, on any device; the result is of the same kind.
-    """
+    """Symbols [rows, columns] below 2^bits and scale bytes [rows, columns / 64] to rows of bytes [rows, row_bytes]."""
     rows, columns = symbols.shape
     size = row_bytes(kind, columns)
     if scale_bytes.shape != (rows, columns // GROUP):
@@ -69,7 +64,7 @@ def pack_rows(kind: AType, symbols: Bytes, scale_bytes: Bytes) -> Bytes:
     return out
 
 
-def unpack_rows(kind: AType, data: U8, columns: int) -> tuple[U8, U8]:
+def unpack_rows(kind: AType, data: Bytes, columns: int) -> tuple[Bytes, Bytes]:
     """The inverse of `pack_rows`: symbols [rows, columns] and scale bytes [rows, columns / 64]."""
     size = row_bytes(kind, columns)
     if data.ndim != 2 or data.shape[1] != size:
@@ -79,19 +74,34 @@ def unpack_rows(kind: AType, data: U8, columns: int) -> tuple[U8, U8]:
     cut = full * 4 * kind.group_bytes
     s_head, b_head = _unpack_superblocks(kind, data[:, :cut].reshape(rows, full, 4 * kind.group_bytes))
     s_tail, b_tail = _unpack_tails(kind, data[:, cut:].reshape(rows, -1, kind.group_bytes))
-    return np.concatenate([s_head, s_tail], axis=1), np.concatenate([b_head, b_tail], axis=1)
+    return _concatenate([s_head, s_tail], 1), _concatenate([b_head, b_tail], 1)
 
 
-def decode_rows(kind: AType, data: U8, columns: int) -> npt.NDArray[np.float32]:
+def decode_rows(kind: AType, data: Bytes, columns: int) -> Any:
     """Rows of bytes [rows, row_bytes] to float32 weights [rows, columns]; the reference for every other decoder."""
     symbols, scale_bytes = unpack_rows(kind, data, columns)
-    return levels(kind, symbols).astype(np.float32) * np.repeat(decode_scale(scale_bytes), GROUP, axis=1)
+    steps = levels(kind, symbols).reshape(len(data), -1, GROUP)
+    return (steps * _entries(_SCALES, scale_bytes)[:, :, None]).reshape(len(data), columns)
 
 
-def _fields(bytes_: U8, width: int) -> U8:
+def _entries(table: npt.NDArray[Any], index: Any) -> Any:
+    """Of a table, for every byte of `index`."""
+    if isinstance(index, np.ndarray):
+        return table[index]
+    import torch
+
+    return torch.from_numpy(table).to(index.device)[index.int()]
+
+
+def _delayed(steps: Any, by: int) -> Any:
+    """[rows, columns], every lane's steps moved on by so many; zeros come first."""
+    cut = by * LANES
+    return _concatenate([steps[:, :cut] * 0, steps[:, : steps.shape[1] - cut]], 1)
+
+
+def _fields(bytes_: Any, width: int) -> Any:
     """Split every byte into its 8 / width fields, lowest first, as a new axis before the last one."""
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    return bytes_[..., None, :] >> shifts[:, None] & np.uint8((1 << width) - 1)
+    return _stacked([bytes_ >> shift & (1 << width) - 1 for shift in range(0, 8, width)])
 
 
 def _join(fields: Any, width: int) -> Any:
@@ -110,6 +120,15 @@ def _concatenate(parts: list[Any], axis: int) -> Any:
     return torch.cat(parts, axis)
 
 
+def _stacked(parts: list[Any]) -> Any:
+    """Side by side in a new axis before the last one."""
+    if isinstance(parts[0], np.ndarray):
+        return np.stack(parts, axis=-2)
+    import torch
+
+    return torch.stack(parts, -2)
+
+
 def _pack_superblocks(kind: AType, s: Any, scales: Any) -> Any:
     """`s` [rows, blocks, 8 steps, 32 lanes]."""
     rows, blocks = s.shape[:2]
@@ -125,7 +144,7 @@ def _pack_superblocks(kind: AType, s: Any, scales: Any) -> Any:
     return _concatenate(flat, 2).reshape(rows, blocks * 4 * kind.group_bytes)
 
 
-def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
+def _unpack_superblocks(kind: AType, data: Any) -> tuple[Any, Any]:
     rows, blocks = data.shape[:2]
     scales, planes = data[..., :4], data[..., 4:]
     if kind.bits == 4:
@@ -134,7 +153,7 @@ def _unpack_superblocks(kind: AType, data: U8) -> tuple[U8, U8]:
         s = _fields(planes[..., :64].reshape(rows, blocks, 2, LANES), 2)
         if kind.bits == 3:
             low = _fields(planes[..., 64:].reshape(rows, blocks, 1, LANES), 1)
-            s = s << ONE | low.reshape(s.shape)
+            s = s << 1 | low.reshape(s.shape)
     return s.reshape(rows, blocks * SUPERBLOCK), scales.reshape(rows, blocks * 4)
 
 
@@ -158,14 +177,14 @@ def _tail_plane(s: Any, width: int) -> Any:
     return _join(lanes.reshape(rows, blocks, 2 * share, LANES // share), width)
 
 
-def _tail_fields(data: U8, width: int) -> U8:
+def _tail_fields(data: Any, width: int) -> Any:
     rows, blocks = data.shape[:2]
     share = 8 // (2 * width)
     lanes = _fields(data, width).reshape(rows, blocks, share, 2, LANES // share).swapaxes(2, 3)
     return lanes.reshape(rows, blocks, 2, LANES)
 
 
-def _unpack_tails(kind: AType, data: U8) -> tuple[U8, U8]:
+def _unpack_tails(kind: AType, data: Any) -> tuple[Any, Any]:
     rows, blocks = data.shape[:2]
     scales, planes = data[..., :1], data[..., 1:]
     if kind.bits == 4:
@@ -173,5 +192,5 @@ def _unpack_tails(kind: AType, data: U8) -> tuple[U8, U8]:
     else:
         s = _tail_fields(planes[..., :16], 2)
         if kind.bits == 3:
-            s = s << ONE | _tail_fields(planes[..., 16:], 1)
+            s = s << 1 | _tail_fields(planes[..., 16:], 1)
     return s.reshape(rows, blocks * GROUP), scales.reshape(rows, blocks)

@@ -79,12 +79,16 @@ class Tensor:
             raise AthenaError(f"tensor {self.name}: {self.type_name} cannot be decoded here") from error
 
     def to_torch(self, device: torch.device | str) -> torch.Tensor:
-        """The weights as float32 on a device; what is stored as BF16 goes there as it is."""
+        """The weights as float32 on a device; BF16 and A types go there as they are."""
         import torch
 
         if self.type_name == "BF16":
             bits = torch.from_numpy(self.data.view(np.int16).copy())
             return bits.to(device).view(torch.bfloat16).float()
+        if self.type_name in TYPES:
+            data = torch.from_numpy(self.flat.data.copy()).to(device)
+            found: torch.Tensor = decode_rows(TYPES[self.type_name], data, self.columns).reshape(self.shape)
+            return found
         return torch.from_numpy(self.to_float32()).to(device)
 
 

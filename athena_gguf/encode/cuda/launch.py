@@ -38,6 +38,11 @@ def require_cuda() -> None:
         raise AthenaError(
             "--device cuda: encoding needs the package numba-cuda; pip install 'athena-gguf[cuda]', or use --device cpu"
         ) from error
+    except AttributeError as error:  # as of numba-cuda 0.30.4 beside NumPy 2.5
+        raise AthenaError(
+            f"--device cuda: the installed numba-cuda and NumPy do not go together ({error}); "
+            "pip install 'athena-gguf[cuda]' takes versions that do, or use --device cpu"
+        ) from error
     vars(dispatcher.config)["CUDA_LOW_OCCUPANCY_WARNINGS"] = 0  # small tensors cannot fill the device
     if not cuda.is_available():
         raise AthenaError("--device cuda: Numba finds no CUDA driver or compiler; use --device cpu")
