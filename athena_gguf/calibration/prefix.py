@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from athena_gguf.model.blocks import BlockModel
     from athena_gguf.plan import Plan
 
-# Of the part that lowers a layer's error most, so much: by trial, the whole model's divergence is least (docs/quality.md).
+# Of the part that lowers a layer's error most, so much: by trial, the model's divergence is least (docs/quality.md).
 _PART = 0.7
 _ROWS = 1024  # of a weight that the cross-validation looks at, at most
 
@@ -374,11 +374,11 @@ def targets(
     moments.add(other)
     moments.finish()
     factor = _factor(moments.h, damping)
-    found = []
-    for weight in weights:
-        change = torch.cholesky_solve(_wanted(weight, moments).double().T, factor).T
-        found.append((weight.double() + a * change).float())
-    return moments.h, found
+    if moments.lack is None and sum(map(len, weights)) > len(moments.h):  # D once, and not W D for every weight
+        shift = torch.cholesky_solve(moments.off.double().T, factor).T.float()
+        return moments.h, [weight + a * (weight @ shift) for weight in weights]
+    changes = (torch.cholesky_solve(_wanted(weight, moments).double().T, factor).T for weight in weights)
+    return moments.h, [weight + a * change.float() for weight, change in zip(weights, changes, strict=True)]
 
 
 def _wanted(weight: torch.Tensor, moments: Moments, rows: slice = slice(None)) -> torch.Tensor:
