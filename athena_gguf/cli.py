@@ -200,7 +200,9 @@ def convert(
     calibration_tokens: Annotated[
         int | None,
         typer.Option(
-            "--calibration-tokens", min=1, help="Tokens to calibrate on. \\[default: 98304; in order on a CPU 49152]"
+            "--calibration-tokens",
+            min=1,
+            help="Tokens to calibrate on. \\[default: 262144; on a CPU 49152; not in order 98304]",
         ),
     ] = None,
     embedding_type: Annotated[
@@ -226,7 +228,7 @@ def convert(
         bool | None,
         typer.Option(
             "--sequential/--no-sequential",
-            help="Encode layers in order, each behind those before. \\[default: on a CPU]",
+            help="Encode layers in order, each behind those before. \\[default: where possible]",
         ),
     ] = None,
     tune: Annotated[

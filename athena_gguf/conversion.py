@@ -198,16 +198,15 @@ def convert(model: Path | str, out: Path | str, options: ConvertOptions | None =
             model_dir, options = _model(found, work, options)
             with _base_file(model_dir, work, options, threads) as base:
                 plan = make_plan(base.header, options.type, options.embedding_type)
-                in_order = _in_order(model_dir, plan, device, options)
+                awake.result()
+                stage = Stage(model_dir, base.path, plan, work, devices, options, 0, WINDOW, stages.timed, cards)
+                in_order = _in_order(stage)
                 usual = TOKENS_IN_ORDER[device.type] if in_order else CALIBRATION_TOKENS
-                tokens = options.calibration_tokens or usual
-                metadata = _metadata(options, target, tokens)
+                stage.tokens, stage.with_weights = options.calibration_tokens or usual, in_order
+                metadata = _metadata(options, target, stage.tokens)
                 if target is not None:
                     check_target(base.header, plan, target, metadata)
-                stage = Stage(model_dir, base.path, plan, work, devices, options, tokens, WINDOW, stages.timed, cards)
-                stage.with_weights = in_order
                 calibration = stage.calibration()
-                awake.result()
                 if device.type in BESIDE and not calibration.complete:
                     exits.enter_context(short_turns())
                     exits.callback(stage.close)
@@ -422,16 +421,20 @@ def _allocate(
     return predicted
 
 
-def _in_order(model_dir: Path, plan: Any, device: Any, options: ConvertOptions) -> bool:
+def _in_order(stage: Stage) -> bool:
     """Whether to encode blocks in order: if not said otherwise, where that is possible."""
-    from athena_gguf.calibration.prefix import open_for_prefix
+    from athena_gguf.calibration.prefix import possible
 
+    options = stage.options
     if options.sequential is False or options.ray is not None:
         return False
-    possible = open_for_prefix(model_dir, plan, device) is not None
-    if options.sequential and not possible:
+    if not stage.fits_in_order:
+        progress.note("layers are encoded on their own, not in order: the GPU's memory is too small for that")
+        return False
+    found = possible(stage.model_dir, stage.plan)
+    if options.sequential and not found:
         progress.note("warning: --sequential is not possible with this model: layers are encoded on their own")
-    return possible
+    return found
 
 
 def _tunes(options: ConvertOptions, plan: Any, at_once: int | None) -> bool:

@@ -97,7 +97,7 @@ def test_in_order(made, monkeypatch):
     measured = made.measure(change)
     with monkeypatch.context() as patch:
         patch.setattr(bench.Prefix, "put", lambda *_: None)
-        found = made.encode_in_order(change, measured, 0.0)
+        found = made.encode_in_order(change, measured)
     expected = made.encode_under(change, measured.curvatures)
     assert found.keys() == expected.keys()
     same = [np.mean(found[name].data == expected[name].data) for name in expected]

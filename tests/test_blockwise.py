@@ -71,7 +71,7 @@ def test_curvature_is_that_of_the_whole_model(devices, family, config, tmp_path,
         seen.append(found.about.tensor_names[0])
         if "layers.1" in seen[-1]:  # weights are there only while their block is at work
             assert all(p.is_meta for model in models for block in model.blocks for p in block.parameters())
-    assert not whole and by_blocks.power == pytest.approx(lookup.power, rel=1e-4)
+    assert not whole and by_blocks.power == pytest.approx(lookup.power, rel=1e-3 if devices == 1 else 0.1)
     assert [name for name in seen if "layers" in name] == sorted((n for n in seen if "layers" in n), key=_backwards)
     assert any(shelf.spilled for shelf in shelves) and not any(shelf.held for shelf in shelves)
     assert not list(tmp_path.glob("[0-9]/*"))

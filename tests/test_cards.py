@@ -28,6 +28,7 @@ from athena_gguf.calibration.stage import Stage
 from athena_gguf.cards import Card, Cards, wire
 from athena_gguf.cards.child import Here, set_share
 from athena_gguf.conversion import convert
+from athena_gguf.encode import EncodeOptions, EncodePool
 from athena_gguf.errors import AthenaError
 from athena_gguf.model.blocks import open_blocks
 from athena_gguf.model.trust import running_code
@@ -265,16 +266,41 @@ def test_same_file(sequential, tiny_model, options, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("two_cards", "short_windows")
 def test_in_order_as_on_one_device(tiny_model, options, tmp_path, monkeypatch):
-    """Sums over two shares of the windows are those over all, but for their last bits."""
+    """Sums over two shares of the windows, of odd size, are those over all, but for their last bits: whatever is asked
+    of all parts is done by both."""
     wanted, real = [], prefix.targets
-    monkeypatch.setattr(prefix, "targets", lambda *of: wanted.append(real(*of)) or wanted[-1])
-    convert(tiny_model, tmp_path / "two.gguf", options(host_memory="1KiB"))
+
+    def disturbed(weights, *of):
+        """Encoded is the same in both conversions, whatever the last bits are."""
+        wanted.append(real(weights, *of))
+        generator = torch.Generator().manual_seed(len(wanted) % 8)
+        noise = (0.1 * w.std() * torch.randn(w.shape, generator=generator) for w in weights)
+        return torch.eye(weights[0].shape[1]), [w + n for w, n in zip(weights, noise, strict=True)]
+
+    monkeypatch.setattr(prefix, "targets", disturbed)
+    settings = options(host_memory="1KiB", calibration_tokens=6 * 64)
+    convert(tiny_model, tmp_path / "two.gguf", settings)
     monkeypatch.setattr(athena_gguf.calibration.stage, "all_of", lambda device: [device])
-    convert(tiny_model, tmp_path / "one.gguf", options(host_memory="1KiB"))
+    convert(tiny_model, tmp_path / "one.gguf", settings)
     assert len(wanted) == 16
-    (h, two), (same, one) = wanted[0], wanted[8]  # before anything that was encoded otherwise
-    for a, b in zip((h, *two), (same, *one), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.std()))
+    for (h, two), (same, one) in zip(wanted[:8], wanted[8:], strict=True):
+        for a, b in zip((h, *two), (same, *one), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.std()))
+
+
+def test_fewer_rows_than_devices(card):
+    weights = {
+        name: torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)) for name, rows in (("a", 1), ("b", 9))
+    }
+    kinds = dict.fromkeys(weights, "A3")
+    with EncodePool(EncodeOptions(), 1) as pool:
+        alone, both = (row_queue.RowEncoders(pool, CPU, cards) for cards in ([], [card, card]))
+        with alone, both:
+            for some in (weights, {"b": weights["b"]}):
+                expected = dict(alone.encode(torch.eye(64), some, kinds))
+                for name, found in both.encode(torch.eye(64), some, kinds):
+                    assert found.data.tobytes() == expected[name].data.tobytes()
+                    assert found.loss == pytest.approx(expected[name].loss)
 
 
 @pytest.mark.usefixtures("two_cards")

@@ -34,7 +34,7 @@ def test_help(arguments):
 def test_help_names_defaults_that_are_not_values(monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     said = CliRunner().invoke(cli.app, ["convert", "--help"]).stdout
-    for default in ("98304; in order on a CPU 49152", "with a GPU only", "A3, without a target"):
+    for default in ("262144; on a CPU 49152; not in order 98304", "with a GPU only", "A3, without a target"):
         assert f"[default: {default}]" in said
 
 

@@ -194,6 +194,34 @@ def test_rows_of_the_file():
     assert rows_in_file(rows, -rows) is None and rows_in_file(rows[1:], rows) is None
 
 
+def test_one_window(tiny_model, options, short_windows, tmp_path):
+    """Nothing says what of a regression on it would hold elsewhere."""
+    moved, real = [], prefix.targets
+
+    def noted(weights, *of):
+        h, found = real(weights, *of)
+        moved.extend(float((a - b).abs().max()) for a, b in zip(found, weights, strict=True))
+        return h, found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix, "targets", noted)
+        convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=64))
+    assert moved and not any(moved)
+
+
+def test_other_embeddings(tiny_model, tiny_base, options, short_windows, monkeypatch, tmp_path, capsys):
+    """Those that the model does not look up count as they are in the original, which is said."""
+    given, real = [], prefix.LocalPart.begin
+    monkeypatch.setattr(prefix.LocalPart, "begin", lambda self, rows: given.append(rows) or real(self, rows))
+    convert(tiny_model, tmp_path / "out.gguf", options())
+    monkeypatch.setattr(
+        prefix.Prefix, "embeddings", property(lambda self: -self.original.model.get_input_embeddings().weight)
+    )
+    convert(tiny_model, tmp_path / "out.gguf", options())
+    assert given[0] is not None and given[1] is None
+    assert "token_embd.weight is not what the model looks up" in capsys.readouterr().err
+
+
 def test_kept_without_weights(tiny_model, options, tmp_path, short_windows):
     """What a conversion on its own kept does for one in order only where it has the tokens' weights."""
     results = {}

@@ -55,6 +55,13 @@ class Moments:
             self.lack += other.lack.to(self.h.device)
         self.total += other.total
 
+    def forget(self, h: bool = True) -> None:
+        """Give back the memory, of H too or not."""
+        import torch
+
+        nothing = torch.empty(0)
+        self.h, self.off, self.lack = nothing if h else self.h, nothing, None
+
     def finish(self) -> None:
         """Divide by the `total`, which is 1 then; H becomes symmetric to the last bit."""
         self.h = (self.h + self.h.T).div_(2 * self.total)
@@ -102,36 +109,44 @@ class Part(Protocol):
 
 class LocalPart:
     """A `Part` that this process works on. `shelf` holds the hidden states of `windows` [windows, length], of which
-    `batch` run at a time."""
+    `batch` run at a time; `first`: how many windows other parts have before them."""
 
     def __init__(
-        self, original: BlockModel, quantized: BlockModel, windows: torch.Tensor, batch: int, shelf: Shelf
+        self,
+        original: BlockModel,
+        quantized: BlockModel,
+        windows: torch.Tensor,
+        batch: int,
+        shelf: Shelf,
+        first: int = 0,
     ) -> None:
-        self.original, self.quantized, self.shelf, self.batch = original, quantized, shelf, batch
+        self.original, self.quantized, self.shelf = original, quantized, shelf
         self.windows = len(windows)
         self.device, self.loaded = original.device, ExitStack()
-        # Every other window: those of one text or kind stand together.
-        halves = [windows[half::2].to(self.device) for half in (0, 1)]
-        self.batches = [(half, part) for half, of in enumerate(halves) for part in of.split(batch) if len(part)]
+        # Every other window of all: those of one text or kind stand together.
+        numbers = [list(range((half - first) % 2, len(windows), 2)) for half in (0, 1)]
+        # The half, and which windows run together.
+        self.those = [(half, of[a : a + batch]) for half, of in enumerate(numbers) for a in range(0, len(of), batch)]
+        self.batches = [windows[which].to(self.device) for _, which in self.those]
+        quantized.share(original)
         self.gone_on = False  # the original has its next block's inputs
 
     def begin(self, embeddings: torch.Tensor | None) -> None:
         import torch
 
         with torch.no_grad(), measuring(self.device):
-            self.small = self.original.embed(self.batches[0][1][:1, :8])
-            for b, (_, tokens) in enumerate(self.batches):
+            self.small = self.original.embed(self.batches[0][:1, :8])
+            for b, tokens in enumerate(self.batches):
                 hidden = self.original.embed(tokens)
                 self.shelf.put((True, b), hidden)
                 if embeddings is None:
                     self.shelf.put((False, b), hidden)
-            self.quantized.share(self.original)
             if embeddings is None:
                 return
             module = self.quantized.model.get_input_embeddings()
             shared, self.quantized.arguments = module.weight, {}
             module.weight = torch.nn.Parameter(embeddings.to(shared), requires_grad=False)
-            for b, (_, tokens) in enumerate(self.batches):
+            for b, tokens in enumerate(self.batches):
                 self.shelf.put((False, b), self.quantized.embed(tokens))
             module.weight = shared
 
@@ -164,16 +179,17 @@ class LocalPart:
 
         rows, columns = self.original.blocks[index].get_submodule(name).weight.shape
         by_window = weights.view(self.windows, -1)
-        totals = [float(by_window[half::2].double().sum()) for half in (0, 1)]
+        of_batches = [by_window[which].flatten() for _, which in self.those]
 
         def zeros(rows: int) -> torch.Tensor:
             return torch.zeros(rows, columns, device=self.device)
 
-        found = [Moments(zeros(columns), zeros(columns), zeros(rows) if place is not None else None, t) for t in totals]
-        of_batches = [part.flatten() for half in (0, 1) for part in by_window[half::2].split(self.batch) if len(part)]
+        lacks = [zeros(rows) if place is not None else None for _ in range(2)]
+        found = [Moments(zeros(columns), zeros(columns), lack, 0.0) for lack in lacks]
         names = [name, *([place] if place else [])]
         with torch.no_grad(), measuring(self.device):
-            for b, ((half, _), u) in enumerate(zip(self.batches, of_batches, strict=True)):
+            for b, ((half, _), u) in enumerate(zip(self.those, of_batches, strict=True)):
+                found[half].total += float(u.double().sum())
                 u = u.to(self.device)[:, None]
                 x, y = self.shelf.look((True, b)), self.shelf.look((False, b))
                 theirs, out = self._read(self.original, index, x, names, last)
@@ -332,25 +348,30 @@ class Prefix:
         return found
 
 
-def open_for_prefix(model_dir: Path, plan: Plan, device: torch.device) -> BlockModel | None:
-    """The model of a directory; None where it cannot be run block by block, or has experts, which are sent other tokens
-    behind quantized layers."""
-    return None if any(len(plan.shapes[name]) > 2 for name in plan.curved) else _opened(model_dir, device)
+def possible(model_dir: Path, plan: Plan) -> bool:
+    """Whether a model can be run block by block, and has no experts, which are sent other tokens behind quantized
+    layers. Tried on the CPU, since a GPU may be at work."""
+    import torch
+
+    if any(len(plan.shapes[name]) > 2 for name in plan.curved):
+        return False
+    return _opened(model_dir, torch.device("cpu"), torch.bfloat16) is not None
 
 
 def open_twice(model_dir: Path, device: torch.device) -> tuple[BlockModel, BlockModel]:
-    """Of a model that `open_for_prefix` has opened."""
-    original, quantized = (_opened(model_dir, device) for _ in range(2))
+    """Copies of a model for which that is `possible`, in float32 on a CPU."""
+    import torch
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    original, quantized = (_opened(model_dir, device, dtype) for _ in range(2))
     assert original is not None and quantized is not None
     return original, quantized
 
 
-def _opened(model_dir: Path, device: torch.device) -> BlockModel | None:
-    import torch
-
+def _opened(model_dir: Path, device: torch.device, dtype: torch.dtype) -> BlockModel | None:
     from athena_gguf.model.blocks import open_blocks
 
-    return open_blocks(model_dir, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return open_blocks(model_dir, device, dtype)
 
 
 class _Stop(Exception):
@@ -372,13 +393,17 @@ def targets(
     a = _PART * _that_holds(weights, halves, damping) if correction is None else correction
     moments, other = halves
     moments.add(other)
+    other.forget()
     moments.finish()
     factor = _factor(moments.h, damping)
     if moments.lack is None and sum(map(len, weights)) > len(moments.h):  # D once, and not W D for every weight
         shift = torch.cholesky_solve(moments.off.double().T, factor).T.float()
-        return moments.h, [weight + a * (weight @ shift) for weight in weights]
-    changes = (torch.cholesky_solve(_wanted(weight, moments).double().T, factor).T for weight in weights)
-    return moments.h, [weight + a * change.float() for weight, change in zip(weights, changes, strict=True)]
+        found = [weight + a * (weight @ shift) for weight in weights]
+    else:
+        changes = (torch.cholesky_solve(_wanted(weight, moments).double().T, factor).T for weight in weights)
+        found = [weight + a * change.float() for weight, change in zip(weights, changes, strict=True)]
+    moments.forget(h=False)
+    return moments.h, found
 
 
 def _wanted(weight: torch.Tensor, moments: Moments, rows: slice = slice(None)) -> torch.Tensor:
@@ -388,11 +413,23 @@ def _wanted(weight: torch.Tensor, moments: Moments, rows: slice = slice(None)) -
 
 
 def _factor(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """Of the damped H, in float64."""
     import torch
 
-    damped = h.double()
-    damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
-    return torch.linalg.cholesky(damped)
+    return torch.linalg.cholesky(_damped(h.to(torch.float64, copy=True), damping))
+
+
+def _rough_factor(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """In float32 where that is enough: GPUs for games are 64 times as fast at it."""
+    import torch
+
+    factor, failed = torch.linalg.cholesky_ex(_damped(h.clone(), damping))
+    return _factor(h, damping) if failed.item() else factor
+
+
+def _damped(h: torch.Tensor, damping: float) -> torch.Tensor:
+    h.diagonal().add_(damping * (float(h.diagonal().mean()) or 1.0))
+    return h
 
 
 def _that_holds(weights: Sequence[torch.Tensor], halves: Halves, damping: float) -> float:
@@ -408,10 +445,10 @@ def _that_holds(weights: Sequence[torch.Tensor], halves: Halves, damping: float)
         return 0.0
     gained = power = 0.0
     for one, other in (halves, halves[::-1]):
-        factor = _factor(one.h, damping)
+        factor = _rough_factor(one.h, damping)
         for weight in weights:
             some = slice(None, None, -(-len(weight) // _ROWS))
-            change = torch.cholesky_solve(_wanted(weight, one, some).double().T, factor).T.float()
+            change = torch.cholesky_solve(_wanted(weight, one, some).T.to(factor), factor).T.float()
             gained += float((change * _wanted(weight, other, some)).sum(dtype=torch.float64))
             power += float(((change @ other.h) * change).sum(dtype=torch.float64))
     b = min(1.0, max(0.0, gained / power)) if power else 0.0

@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 class RemotePart:
     """A `Part` of `athena_gguf.calibration.prefix` in the process of a card: its share `windows`, `batch` at a time, of
     the model in `model_dir`. `room`, `host`: bytes of its shelf on the device and in host memory; beyond it writes to
-    `folder`. Close it."""
+    `folder`; `first`: as of `LocalPart`. Close it."""
 
     def __init__(
-        self, card: Card, model_dir: Path, windows: torch.Tensor, batch: int, room: int, host: int, folder: Path
+        self,
+        card: Card,
+        model_dir: Path,
+        windows: torch.Tensor,
+        batch: int,
+        room: int,
+        host: int,
+        folder: Path,
+        first: int,
     ) -> None:
         self.card, self.folder, self.windows = card, folder, len(windows)
-        card.call(_open, model_dir, windows.contiguous(), batch, room, host, folder)
+        card.call(_open, model_dir, windows.contiguous(), batch, room, host, folder, first)
 
     def begin(self, embeddings: torch.Tensor | None) -> None:
         self.card.call(_step, "begin", embeddings)
@@ -53,11 +61,13 @@ class RemotePart:
         shutil.rmtree(self.folder, ignore_errors=True)  # where the process has ended
 
 
-def _open(here: Here, model_dir: Path, windows: torch.Tensor, batch: int, room: int, host: int, folder: Path) -> None:
+def _open(
+    here: Here, model_dir: Path, windows: torch.Tensor, batch: int, room: int, host: int, folder: Path, first: int
+) -> None:
     from athena_gguf.calibration.shelf import Shelf
 
-    original, quantized = open_twice(model_dir, here.device)
-    here.held[LocalPart] = LocalPart(original, quantized, windows, batch, Shelf(here.device, room, host, folder))
+    shelf = Shelf(here.device, room, host, folder)
+    here.held[LocalPart] = LocalPart(*open_twice(model_dir, here.device), windows, batch, shelf, first)
 
 
 def _step(here: Here, step: str, *args: Any) -> Any:

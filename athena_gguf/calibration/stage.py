@@ -385,12 +385,14 @@ class Stage:
         share, *rest = windows.tensor_split(1 + len(cards))
         with shortage_named(self.device), ExitStack() as exits:
             original, quantized = open_twice(self.model_dir, self.device)
-            taken = 2 * self._working_bytes(batch) + original.resident_bytes + quantized.resident_bytes
-            room, host = max(0, memory - taken), 0 if on_cpu else self._host // (1 + len(cards))
-            others = []
+            room = max(0, memory - self._in_order_bytes(batch))
+            host = 0 if on_cpu else self._host // (1 + len(cards))
+            others, first = [], len(share)
             for n, (card, part) in enumerate(zip(cards, rest, strict=True), 1):
-                others.append(RemotePart(card, self.model_dir, part, batch, room, host, self.work / f"shelf{n}"))
+                folder = self.work / f"shelf{n}"
+                others.append(RemotePart(card, self.model_dir, part, batch, room, host, folder, first))
                 exits.callback(others[-1].close)
+                first += len(part)
             shelf = Shelf(self.device, room, host, self.work / "shelf0")
             exits.callback(shelf.close)
             layers = self._layers(original.model, original.columns)
@@ -473,6 +475,26 @@ class Stage:
             + (sum(both) + self._waiting_bytes() if self.overlap else max(both))
             + _MARGIN
         )
+
+    @property
+    def fits_in_order(self) -> bool:
+        """Whether GPUs have the memory to go through the blocks in order."""
+        return self.device.type == "cpu" or self.memory.device >= self._in_order_bytes(1)
+
+    def _in_order_bytes(self, batch: int) -> int:
+        """All but the hidden states: a block twice, and what is outside of the blocks, twice while they are opened;
+        then the sums of two halves, a factor and the right sides in float64, or what encoding takes beside H."""
+        plan, on_cpu = self.plan, self.device.type == "cpu"
+        size = 4 if on_cpu else 2
+        blocks: Counter[int] = Counter()
+        for name in plan.shapes:
+            if found := block_of(name):
+                blocks[found[0]] += size * plan.elements(name)
+        outer = sum(size * plan.elements(name) for name in plan.shapes if not block_of(name))
+        largest = max((plan.elements(name) for name in plan.curved if block_of(name)), default=0)
+        work = max(36 * self._widest**2 + 24 * largest, self._encoding_bytes() + 4 * self._widest**2)
+        block = max(blocks.values(), default=0)
+        return 2 * block + outer + max(outer, work) + self._activation_bytes(batch) + _MARGIN
 
     def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
         from athena_gguf.model import linear_layers

@@ -15,7 +15,7 @@ from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.atomic import remove_all_abandoned
 from athena_gguf.model.trust import MODEL_FILES
 
-METHOD = 7  # raised when the same inputs give another curvature
+METHOD = 8  # raised when the same inputs give another curvature
 
 Measure = Callable[[Collection[str], Lookup, Callable[[], None]], Iterator[Curvature]]
 

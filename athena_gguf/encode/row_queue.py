@@ -49,9 +49,10 @@ class RowEncoders(AbstractContextManager["RowEncoders"]):
         finished: Container[str] = (),
     ) -> Iterator[tuple[str, Encoded]]:
         """As `encode_layer`, of `weights` by name."""
-        parts = {name: weight.tensor_split(1 + len(self.cards)) for name, weight in weights.items()}
+        cards = self.cards[: min(map(len, weights.values())) - 1]  # others would have no row
+        parts = {name: weight.tensor_split(1 + len(cards)) for name, weight in weights.items()}
         others = []
-        for n, card in enumerate(self.cards, 1):
+        for n, card in enumerate(cards, 1):
             share = {name: rows[n].contiguous() for name, rows in parts.items()}
             others.append(self.threads.submit(card.call, _encode, h, share, kinds, finished))
         own = {name: rows[0] for name, rows in parts.items()}

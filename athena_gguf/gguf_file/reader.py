@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
+_DECODED = 1 << 24  # weights decoded on a GPU in one go: each takes some 17 bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ class Tensor:
         if self.type_name == "BF16":
             bits = torch.from_numpy(self.data.view(np.int16).copy())
             return bits.to(device).view(torch.bfloat16).float()
-        if self.type_name in TYPES:
-            data = torch.from_numpy(self.flat.data.copy()).to(device)
-            found: torch.Tensor = decode_rows(TYPES[self.type_name], data, self.columns).reshape(self.shape)
-            return found
+        if self.type_name in TYPES and torch.device(device).type != "cpu":
+            rows = self.flat.data
+            found = torch.empty(len(rows), self.columns, device=device)
+            step = max(1, _DECODED // self.columns)
+            for a in range(0, len(rows), step):
+                piece = torch.from_numpy(rows[a : a + step].copy()).to(device)
+                found[a : a + step] = decode_rows(TYPES[self.type_name], piece, self.columns)
+            return found.reshape(self.shape)
         return torch.from_numpy(self.to_float32()).to(device)
 
 
