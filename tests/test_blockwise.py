@@ -90,6 +90,10 @@ def test_shelf_uses_host_memory_that_becomes_free(tmp_path):
         shelf.put(number, tensor)
     assert [place for place, _ in shelf.held.values()] == ["host", "host", "host", "file"]
     assert shelf.spilled == 1600 and shelf.room["host"] == 6_000 - 4 * 1300
+    shelf.drop(3)
+    shelf.drop(1)
+    assert sorted(shelf.held) == [0, 2] and shelf.room["host"] == 6_000 - 4 * 700
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_finished_is_not_measured(tiny_model, tmp_path):

@@ -3,6 +3,7 @@ have behind the tensors of the file."""
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from athena_gguf.calibration import measure_curvature, precision, prefix
 from athena_gguf.calibration.shelf import Shelf
+from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
 from athena_gguf.encode.in_order import InOrder, rows_in_file
@@ -19,6 +21,7 @@ from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
+from athena_gguf.plan import make_plan
 
 CPU = torch.device("cpu")
 BLOCK = "model.layers.1"
@@ -207,6 +210,49 @@ def test_one_window(tiny_model, options, short_windows, tmp_path):
         patch.setattr(prefix, "targets", noted)
         convert(tiny_model, tmp_path / "out.gguf", options(calibration_tokens=64))
     assert moved and not any(moved)
+
+
+def test_memory_too_small(tiny_model, options, short_windows, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Stage, "fits_in_order", False)
+    convert(tiny_model, tmp_path / "out.gguf", options())
+    assert "the GPU's memory is too small" in capsys.readouterr().err
+    with GGUFFile(tmp_path / "out.gguf") as file:
+        assert file.metadata["athena.sequential"] is False
+
+
+def test_memory_that_is_wanted(tiny_model, tiny_base, tmp_path):
+    """Of a card, by the numbers in the docstring; an 8B model wants some 16 GB."""
+    with GGUFFile(tiny_base) as base:
+        plan = make_plan(base, "A3", "Q8_0")
+    stage = Stage(
+        tiny_model, tiny_base, plan, tmp_path, [torch.device("cuda")], ConvertOptions(), 0, 512, contextlib.nullcontext
+    )
+    wanted = stage._in_order_bytes(1)
+    for memory, fits in ((wanted - 1, False), (wanted, True)):
+        stage.__dict__["memory"] = Memory(memory, 1 << 40)
+        assert stage.fits_in_order is fits
+    shapes = {
+        f"blk.0.{n}.weight": s
+        for n, s in {
+            "attn_q": (4096, 4096),
+            "attn_k": (1024, 4096),
+            "attn_v": (1024, 4096),
+            "attn_output": (4096, 4096),
+            "ffn_gate": (14336, 4096),
+            "ffn_up": (14336, 4096),
+            "ffn_down": (4096, 14336),
+        }.items()
+    }
+    outer = dict.fromkeys(("token_embd.weight", "output.weight"), (128256, 4096))
+    stage.plan = SimpleNamespace(
+        shapes=shapes | outer,
+        curved=shapes.keys(),
+        experts_used=None,
+        elements=lambda name: math.prod((shapes | outer)[name]),
+    )
+    for cached in ("_widest", "_width"):
+        stage.__dict__.pop(cached, None)
+    assert 15e9 < stage._in_order_bytes(1) < 17e9
 
 
 def test_other_embeddings(tiny_model, tiny_base, options, short_windows, monkeypatch, tmp_path, capsys):

@@ -151,8 +151,8 @@ class LocalPart:
             module.weight = shared
 
     def enter(self, index: int) -> None:
-        for model in (self.original, self.quantized):
-            self.loaded.enter_context(model.loaded(index))
+        self.loaded.enter_context(self.original.loaded(index))
+        self.loaded.enter_context(self.quantized.copied(index, self.original))
         self.gone_on = False
 
     def leave(self) -> None:
@@ -195,9 +195,10 @@ class LocalPart:
                 theirs, out = self._read(self.original, index, x, names, last)
                 ours, _ = self._read(self.quantized, index, y, names, False)
                 if last:
-                    self.shelf.take((True, b))
+                    self.shelf.drop((True, b))
                     self.shelf.put((True, b), out)
-                theirs[""], ours[""] = _flat(x), _flat(y)
+                if place == "":
+                    theirs[""], ours[""] = _flat(x), _flat(y)
                 read, sums = ours[name], found[half]
                 add_products(sums.h, read * u.sqrt())
                 add_products(sums.off, (theirs[name] - read) * u, read)
@@ -321,6 +322,7 @@ class Prefix:
 
     def put(self, index: int, module: str, weight: torch.Tensor) -> None:
         """Replace the weight [rows, columns] of a layer of a loaded block in the quantized model."""
+        weight = weight.to(self.weight(index, module).dtype)
         self._on_all(lambda part: part.put(index, module, weight))
 
     def moments(

@@ -73,6 +73,14 @@ class Shelf:
         what.unlink()
         return tensor
 
+    def drop(self, key: Hashable) -> None:
+        """The tensor is not needed any more."""
+        place, what = self.held.pop(key)
+        if isinstance(what, Path):
+            what.unlink()
+        else:
+            self.room[place] += what.nbytes
+
     def look(self, key: Hashable) -> torch.Tensor:
         """The tensor, on the device; it stays here too."""
         import torch

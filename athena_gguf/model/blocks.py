@@ -138,8 +138,6 @@ class BlockModel:
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:
         """The block, with its weights on the device."""
-        import torch
-
         block = self.blocks[index]
         if index not in self.kept:
             for name in self._parameters(index):
@@ -152,8 +150,20 @@ class BlockModel:
                 self.left -= size
                 self.kept.add(index)
             if index not in self.kept:
-                for name, parameter in list(block.named_parameters()):
-                    _set(block, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+                _drop(block)
+
+    @contextmanager
+    def copied(self, index: int, other: BlockModel) -> Iterator[Any]:
+        """The block, with the weights that it has in another copy of the model, where it is loaded."""
+        import torch
+
+        block = self.blocks[index]
+        for name, parameter in other.blocks[index].named_parameters():
+            _set(block, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        try:
+            yield block
+        finally:
+            _drop(block)
 
     def _parameters(self, index: int) -> list[str]:
         """Names of a block's parameters in the model."""
@@ -259,6 +269,14 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+
+
+def _drop(block: Any) -> None:
+    """Its weights, whose shapes and types stay known."""
+    import torch
+
+    for name, parameter in list(block.named_parameters()):
+        _set(block, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _set(module: Any, name: str, value: Any) -> None:
