@@ -10,8 +10,7 @@ on by processes of their own (athena_gguf.calibration.remote).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from athena_gguf.calibration.curvature import (
     Collector,
@@ -23,6 +22,7 @@ from athena_gguf.calibration.curvature import (
     not_finite,
     require_gradients,
 )
+from athena_gguf.calibration.parts import Together
 from athena_gguf.calibration.precision import measuring
 from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.gpu import refused, repeatable, warn
@@ -53,26 +53,18 @@ class Passes:
         self.parts: list[Part] = [first, *others]
         self.device = first.blocks.device
         self.share = self.tokens / (3 * len(self.blocks))  # of the work, without the output
-        self.threads = ThreadPoolExecutor(len(self.parts), "device")
-
-    def _on_all(self, work: Callable[[Part], Any]) -> list[Any]:
-        """What `work` gives for every part, done by all devices at once."""
-        if len(self.parts) == 1:
-            return [work(self.parts[0])]
-        done = [self.threads.submit(work, part) for part in self.parts]
-        wait(done)
-        return [one.result() for one in done]
+        self.together: Together[Part] = Together(self.parts)
 
     def close(self) -> None:
-        """Wait until no device is at work, as after an error on one of them others may be."""
-        self.threads.shutdown()
+        """Wait until no device is at work."""
+        self.together.close()
 
     def forward(self) -> None:
         """Every block's input, put away."""
         with measuring(self.device):
-            self._on_all(lambda part: part.begin())
+            self.together.do(lambda part: part.begin())
             for index in range(len(self.blocks)):
-                self._on_all(lambda part, at=index: part.forward(at))  # type: ignore[misc]
+                self.together.do(lambda part, at=index: part.forward(at))  # type: ignore[misc]
                 self.advance(self.share)
 
     def backward(
@@ -94,9 +86,9 @@ class Passes:
             those = by_block.get(index, [])
             with measuring(self.device):
                 if index == _NO_BLOCK:
-                    first, *others = self._on_all(lambda part, of=those: part.output(of))  # type: ignore[misc]
+                    first, *others = self.together.do(lambda part, of=those: part.output(of))  # type: ignore[misc]
                 else:
-                    first, *others = self._on_all(lambda part, at=index, of=those: part.backward(at, of))  # type: ignore[misc]
+                    first, *others = self.together.do(lambda part, at=index, of=those: part.backward(at, of))  # type: ignore[misc]
                     self.advance(2 * self.share)
                 while others:
                     first.add(others.pop(0))
@@ -104,7 +96,7 @@ class Passes:
             del first
             while found:
                 yield found.pop(0)
-        lookup.power = sum(self._on_all(lambda part: part.end())) / self.tokens
+        lookup.power = sum(self.together.do(lambda part: part.end())) / self.tokens
 
 
 _NO_BLOCK = -1

@@ -292,7 +292,7 @@ class Collector:
             [part.names for part in parts],
             [[getattr(part, total) for total in _TOTALS] for part in parts],
             [part.tokens for part in parts],
-            [None if part.weights is None else part.weights.cpu() for part in parts],
+            [part.weights for part in parts],
             [group.tokens for group in self.experts],
         )
 
@@ -309,7 +309,7 @@ class Collector:
                 ours += theirs.to(ours.device)
             part.tokens += tokens
             if part.weights is not None and weights is not None:
-                part.weights = torch.cat([part.weights.cpu(), weights])
+                part.weights = torch.cat([part.weights, weights.to(part.weights.device)])
         for group, tokens in zip(self.experts, other.expert_tokens, strict=True):
             group.tokens += tokens
 

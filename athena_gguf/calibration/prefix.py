@@ -15,13 +15,13 @@ it has not seen, by cross-validation over two halves of the windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from athena_gguf.calibration.curvature import add_products
+from athena_gguf.calibration.parts import Together
 from athena_gguf.calibration.precision import measuring
 from athena_gguf.errors import AthenaError
 
@@ -281,15 +281,7 @@ class Prefix:
         # Tensors of the blocks' layers: the block's number and the module's name there.
         self.places = {name: place for name, place in places if place is not None}
         self.device = self.original.device
-        self.threads = ThreadPoolExecutor(len(self.parts), "device in order")
-
-    def _on_all(self, work: Callable[[Part], Any]) -> list[Any]:
-        """What `work` gives for every part, done by all devices at once."""
-        if len(self.parts) == 1:
-            return [work(self.first)]
-        done = [self.threads.submit(work, part) for part in self.parts]
-        wait(done)
-        return [one.result() for one in done]
+        self.together: Together[Part] = Together(self.parts)
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -300,20 +292,20 @@ class Prefix:
     def begin(self, embeddings: torch.Tensor | None = None) -> None:
         """The inputs of the first block. `embeddings` [tokens, columns]: the quantized model's, None for those of the
         original."""
-        self._on_all(lambda part: part.begin(embeddings))
+        self.together.do(lambda part: part.begin(embeddings))
 
     @contextmanager
     def block(self, index: int) -> Iterator[Anatomy]:
         """The block is loaded in both copies."""
         try:
-            self._on_all(lambda part: part.enter(index))
+            self.together.do(lambda part: part.enter(index))
             yield self.first.anatomy(index)
         finally:
-            self._on_all(lambda part: part.leave())
+            self.together.do(lambda part: part.leave())
 
     def go_on(self, index: int) -> None:
         """To the inputs of the next block, in both."""
-        self._on_all(lambda part: part.go_on(index))
+        self.together.do(lambda part: part.go_on(index))
 
     def weight(self, index: int, module: str) -> torch.Tensor:
         """Of a layer of a loaded block in the original model [rows, columns]."""
@@ -323,7 +315,7 @@ class Prefix:
     def put(self, index: int, module: str, weight: torch.Tensor) -> None:
         """Replace the weight [rows, columns] of a layer of a loaded block in the quantized model."""
         weight = weight.to(self.weight(index, module).dtype)
-        self._on_all(lambda part: part.put(index, module, weight))
+        self.together.do(lambda part: part.put(index, module, weight))
 
     def moments(
         self, index: int, name: str, weights: torch.Tensor, place: str | None = None, last: bool = False
@@ -336,7 +328,7 @@ class Prefix:
         sizes = [part.windows for part in self.parts]
         shares = [part.flatten() for part in weights.view(sum(sizes), -1).split(sizes)]
         of_part = {id(part): share for part, share in zip(self.parts, shares, strict=True)}
-        first, *others = self._on_all(lambda part: part.moments(index, name, of_part[id(part)], place, last))
+        first, *others = self.together.do(lambda part: part.moments(index, name, of_part[id(part)], place, last))
         while others:
             for ours, theirs in zip(first, others.pop(0), strict=True):
                 ours.add(theirs)

@@ -324,7 +324,7 @@ class Stage:
             return None
         dtype = torch.float32 if on_cpu else torch.bfloat16
         # Filled first: a block that stays is not read again, while activations come and go in a stream.
-        outer = sum(2 * self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
+        outer = 2 * self._outer_elements
         room = max(0, self._host // 2 if on_cpu else self.memory.device - outer - self._working_bytes(1))
         with ThreadPoolExecutor(max(1, len(cards)), "opening") as threads:
             others = [threads.submit(open_there, card, self.model_dir, dtype, room) for card in cards]
@@ -397,7 +397,7 @@ class Stage:
             exits.callback(shelf.close)
             layers = self._layers(original.model, original.columns)
             found = Prefix(layers, LocalPart(original, quantized, share, batch, shelf), others)
-            exits.callback(found.threads.shutdown)
+            exits.callback(found.together.close)
             yield found
 
     @cached_property
@@ -463,18 +463,24 @@ class Stage:
         weights = (4 * sum(map(plan.elements, names)) for names in inputs.values())
         return max(matrices.values(), default=0), max(weights, default=0)
 
-    def _working_bytes(self, batch: int) -> int:
-        """Of a block at work: its weights, its backward pass and encoding."""
-        weights: Counter[int] = Counter()
+    @property
+    def _outer_elements(self) -> int:
+        """Weights that are in no block."""
+        return sum(self.plan.elements(name) for name in self.plan.shapes if not block_of(name))
+
+    @property
+    def _block_elements(self) -> int:
+        """Weights of the largest block."""
+        blocks: Counter[int] = Counter()
         for name in self.plan.shapes:
             if found := block_of(name):
-                weights[found[0]] += 2 * self.plan.elements(name)
+                blocks[found[0]] += self.plan.elements(name)
+        return max(blocks.values(), default=0)
+
+    def _working_bytes(self, batch: int) -> int:
+        """Of a block at work: its weights, its backward pass and encoding."""
         both = self._backward_bytes(batch), self._encoding_bytes()
-        return (
-            max(weights.values(), default=0)
-            + (sum(both) + self._waiting_bytes() if self.overlap else max(both))
-            + _MARGIN
-        )
+        return 2 * self._block_elements + (sum(both) + self._waiting_bytes() if self.overlap else max(both)) + _MARGIN
 
     @property
     def fits_in_order(self) -> bool:
@@ -484,17 +490,11 @@ class Stage:
     def _in_order_bytes(self, batch: int) -> int:
         """All but the hidden states: a block twice, and what is outside of the blocks, twice while they are opened;
         then the sums of two halves, a factor and the right sides in float64, or what encoding takes beside H."""
-        plan, on_cpu = self.plan, self.device.type == "cpu"
-        size = 4 if on_cpu else 2
-        blocks: Counter[int] = Counter()
-        for name in plan.shapes:
-            if found := block_of(name):
-                blocks[found[0]] += size * plan.elements(name)
-        outer = sum(size * plan.elements(name) for name in plan.shapes if not block_of(name))
+        plan, size = self.plan, 4 if self.device.type == "cpu" else 2
+        outer = size * self._outer_elements
         largest = max((plan.elements(name) for name in plan.curved if block_of(name)), default=0)
         work = max(36 * self._widest**2 + 24 * largest, self._encoding_bytes() + 4 * self._widest**2)
-        block = max(blocks.values(), default=0)
-        return 2 * block + outer + max(outer, work) + self._activation_bytes(batch) + _MARGIN
+        return 2 * size * self._block_elements + outer + max(outer, work) + self._activation_bytes(batch) + _MARGIN
 
     def _layers(self, model: Any, columns: Callable[[LinearLayer, list[int]], Any]) -> list[LinearLayer]:
         from athena_gguf.model import linear_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,13 +111,7 @@ class InOrder:
         """`names`: of the tensors, by module."""
         order = [(module, names[module]) for module in anatomy.order if module in names]
         ahead = [name for _, name in order if name in self.groups]
-        rows_of: dict[str, torch.Tensor | None] = {}
-
-        def rows(module: str, name: str) -> torch.Tensor | None:
-            if name not in rows_of:
-                rows_of[name] = self._rows(index, module, name)
-            return rows_of[name]
-
+        rows = cache(partial(self._rows, index))
         for module, name in order:
             if name in ahead:
                 group, weights = self.groups[name]

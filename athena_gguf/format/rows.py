@@ -31,12 +31,12 @@ def row_bytes(kind: AType, columns: int) -> int:
 
 def windows(kind: AType, symbols: Bytes) -> Bytes:
     """The 4-bit window w_t of every weight; `symbols` and the result are [rows, columns] in column order."""
+    if kind.bits == 4:
+        return symbols
     before = _delayed(symbols, 1)
     if kind.bits == 2:
         return symbols << 2 | before
-    if kind.bits == 3:
-        return symbols >> 1 << 2 | (symbols & 1) << 1 | before & 1
-    return symbols
+    return symbols >> 1 << 2 | (symbols & 1) << 1 | before & 1
 
 
 def levels(kind: AType, symbols: Bytes) -> Any:
