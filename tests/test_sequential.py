@@ -15,12 +15,13 @@ from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
-from athena_gguf.encode.in_order import InOrder, rows_in_file
+from athena_gguf.encode.in_order import InOrder
 from athena_gguf.errors import UsageError
 from athena_gguf.format import TYPES, decode_rows
 from athena_gguf.gguf_file import GGUFFile
 from athena_gguf.model import LinearLayer, load_model
 from athena_gguf.model.blocks import open_blocks
+from athena_gguf.model.rows import rows_in_file
 from athena_gguf.plan import make_plan
 
 CPU = torch.device("cpu")
@@ -192,9 +193,11 @@ def test_rows_of_the_file():
     order = torch.randperm(300)
     assert rows_in_file(rows, rows).tolist() == list(range(300))
     torch.testing.assert_close(rows[rows_in_file(rows, rows[order])], rows[order], rtol=0, atol=0)
+    assert sorted(rows_in_file(rows, rows[order]).tolist()) == list(range(300))
     rounded = rows_in_file(rows.half().float(), rows[order].bfloat16().float())
     torch.testing.assert_close(rows[rounded], rows[order], rtol=2**-7, atol=0)
     assert rows_in_file(rows, -rows) is None and rows_in_file(rows[1:], rows) is None
+    assert rows_in_file(rows, rows[[0, 0, *range(2, 300)]]) is None  # which the file has once
 
 
 def test_one_window(tiny_model, options, short_windows, tmp_path):

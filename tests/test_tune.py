@@ -16,7 +16,7 @@ from athena_gguf.plan import Plan
 from athena_gguf.report.evaluate import evaluate
 from athena_gguf.tune import Quantized, TuneOptions, tune
 from athena_gguf.tune.stage import windows_at_once
-from athena_gguf.tune.student import ScaledLinear, round_scale, row_order
+from athena_gguf.tune.student import ScaledLinear, round_scale
 
 
 def random_rows(kind, rows, columns, seed=0):
@@ -61,16 +61,6 @@ def test_layer_writes_its_scales_in_the_files_order():
     symbols, codes = unpack_rows(kind, layer.data(), 128)
     before_symbols, before = unpack_rows(kind, random_rows(kind, 3, 128), 128)
     assert (symbols == before_symbols).all() and (codes[:2] == before[:2]).all() and (codes[2] == before[2] + 16).all()
-
-
-def test_row_order():
-    rows = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
-    rows[4] = rows[1]
-    order = np.array([5, 1, 0, 4, 3, 2])
-    found = row_order(rows, rows[order])
-    np.testing.assert_array_equal(rows[found], rows[order])
-    assert sorted(found) == [0, 1, 2, 3, 4, 5]
-    assert row_order(rows, rows + 1) is None
 
 
 def test_nothing_to_gain_changes_nothing(tiny_model):

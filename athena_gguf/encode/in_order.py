@@ -15,6 +15,8 @@ from athena_gguf.encode.row_queue import RowEncoders
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import Tensor
 from athena_gguf.memory import cores
+from athena_gguf.model.rows import rows_in_file
+from athena_gguf.model.rows import same as same_rows
 from athena_gguf.plan import block_of
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 
 _EMBEDDINGS = "token_embd.weight"
-_LINES = 64
 _PIECE = 1 << 24  # weights looked at in one go
 
 
@@ -100,7 +101,7 @@ class InOrder:
         same = ours.shape == tuple(theirs.shape)
         for a in range(0, len(found) if same else 0, step):
             rows = slice(a, a + step)
-            same = same and _same(torch.from_numpy(ours.to_float32(rows)), theirs[rows].float().cpu())
+            same = same and same_rows(torch.from_numpy(ours.to_float32(rows)), theirs[rows].float().cpu())
             found[rows] = torch.from_numpy(quantized.to_float32(rows))
         if same:
             return found
@@ -169,28 +170,3 @@ class InOrder:
 
     def _decoded(self, name: str, data: npt.NDArray[np.uint8]) -> torch.Tensor:
         return Tensor(name, self.plan.shapes[name], self.plan.kind(name), data).to_torch(self.prefix.device)
-
-
-def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Tensor | None:
-    """For every row of a module its place in the file (llama.cpp's converter permutes q and k), both [rows, columns];
-    None if the file has others. Either side may be rounded to another type of 16 bits."""
-    import torch
-
-    if file_rows.shape != module_rows.shape:
-        return None
-    if _same(file_rows, module_rows):
-        return torch.arange(len(module_rows), device=module_rows.device)
-    # The nearest, as seen from some directions.
-    lines = torch.randn(_LINES, file_rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    file, module = (rows.double() @ lines.T.to(rows.device) for rows in (file_rows, module_rows))
-    order = (2 * module @ file.T - file.square().sum(1)).argmax(1)
-    return order if _same(file_rows[order], module_rows) else None
-
-
-def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """But for rounding to another type of 16 bits."""
-    import torch
-
-    step = max(1, _PIECE // ours.shape[1])
-    pieces = zip(ours.split(step), theirs.split(step), strict=True)
-    return all(torch.allclose(a, b, rtol=2**-7, atol=2**-24) for a, b in pieces)

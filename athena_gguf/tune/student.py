@@ -83,20 +83,3 @@ class ScaledLinear(torch.nn.Module):
         codes = np.empty(self.log_scale.shape, np.uint8)
         codes[self.order] = encode_scale(self.scale().detach().cpu().numpy())
         return pack_rows(self.kind, self.symbols, codes)
-
-
-def row_order(file_rows: npt.NDArray[np.float32], module_rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64] | None:
-    """For every row of a module its place in the file (llama.cpp's converter permutes q and k); None if one is absent.
-
-    Both in float32 [rows, columns], equal bit for bit where they are the same row.
-    """
-    places: dict[bytes, list[int]] = {}
-    for i, row in reversed(list(enumerate(file_rows))):
-        places.setdefault(row.tobytes(), []).append(i)
-    order = np.empty(len(module_rows), np.int64)
-    for i, row in enumerate(module_rows):
-        left = places.get(row.tobytes())
-        if not left:
-            return None
-        order[i] = left.pop()
-    return order

@@ -152,7 +152,8 @@ def _student(model: Any, matrices: Mapping[str, str], quantized: Callable[[str],
     """A copy of the model with quantized weights, nothing in it learning yet."""
     import torch
 
-    from athena_gguf.tune.student import ScaledLinear, row_order
+    from athena_gguf.model.rows import rows_in_file
+    from athena_gguf.tune.student import ScaledLinear
 
     student = copy.deepcopy(model)
     for name, tensor_name in matrices.items():
@@ -161,9 +162,10 @@ def _student(model: Any, matrices: Mapping[str, str], quantized: Callable[[str],
             continue
         module = student.get_submodule(name)
         weight = module.weight.detach()
-        order = row_order(tensor.rows, weight.to(torch.bfloat16).float().cpu().numpy())
-        if order is None:
+        places = rows_in_file(torch.from_numpy(tensor.rows).to(weight.device), weight.float())
+        if places is None:
             raise AthenaError(f"tuning: {tensor_name} holds other rows than the model; use --no-tune")
+        order = places.cpu().numpy()
         if tensor.kind is None or not isinstance(module, torch.nn.Linear):
             weight.copy_(torch.from_numpy(tensor.decoded()[order]))
         else:
