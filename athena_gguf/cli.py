@@ -51,6 +51,7 @@ def _examples(*commands: str) -> str:
 
 app = typer.Typer(
     cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Small GGUF files from large language models: quantize to A2, A3 or A4, look at the result, run it.",
