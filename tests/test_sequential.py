@@ -15,6 +15,7 @@ from athena_gguf.calibration.shelf import Shelf
 from athena_gguf.calibration.stage import Memory, Stage
 from athena_gguf.conversion import ConvertOptions, convert
 from athena_gguf.encode import EncodeOptions, encode_matrix
+from athena_gguf.encode.finished import FinishedTensors
 from athena_gguf.encode.in_order import InOrder
 from athena_gguf.errors import UsageError
 from athena_gguf.format import TYPES, decode_rows
@@ -281,6 +282,37 @@ def test_kept_without_weights(tiny_model, options, tmp_path, short_windows):
         results[name] = out.read_bytes()
     assert results["a"] == results["c"] and results["b"] == results["d"]
     assert results["a"] != results["b"]
+
+
+def test_goes_on_where_it_was_cut_off(tiny_model, options, short_windows, monkeypatch, tmp_path, capsys):
+    """With a size to reach; and what is left of another size, encoded behind other types, is of no use."""
+
+    def made(bpw, work):
+        (tmp_path / work).mkdir(exist_ok=True)
+        out = tmp_path / work / "out.gguf"
+        convert(tiny_model, out, options(type=None, bpw=bpw, work_dir=tmp_path / work))
+        return out.read_bytes()
+
+    wanted = {bpw: made(bpw, f"whole-{bpw}") for bpw in (3.5, 4.2)}
+    put, left = FinishedTensors.put, [0]
+
+    def cut_off(self, *of):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("cut off")
+        put(self, *of)
+
+    monkeypatch.setattr(FinishedTensors, "put", cut_off)
+    for bpw, writes, some_found in ((3.5, 7, False), (3.5, 3, True), (4.2, 4, False)):
+        left[0] = writes
+        capsys.readouterr()
+        with pytest.raises(RuntimeError, match="cut off"):
+            made(bpw, "cut")
+        assert ("finished tensors are taken" in capsys.readouterr().err) == some_found
+    left[0] = 1000
+    assert made(3.5, "cut") == wanted[3.5]
+    assert "finished tensors are taken" in capsys.readouterr().err
+    assert made(4.2, "cut") == wanted[4.2]
 
 
 def test_experts_stay_on_their_own(text, short_windows, tmp_path, capsys):
