@@ -45,7 +45,7 @@ class ConvertOptions:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
     `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base
     file made before. `sequential`: encode layers in order, under the inputs that they have behind those before, None
-    for on a CPU only. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
+    for where that is possible. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
     plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
     the KL divergence on for it. `trust_remote_code`: run Python code that comes with the model. `gpu_memory`,
     `host_memory`: what the work may take, None for most of what is free. `ray`: address of a Ray cluster that encodes
@@ -429,7 +429,8 @@ def _in_order(stage: Stage) -> bool:
     if options.sequential is False or options.ray is not None:
         return False
     if not stage.fits_in_order:
-        progress.note("layers are encoded on their own, not in order: the GPU's memory is too small for that")
+        asked = "warning: --sequential is not possible: " if options.sequential else ""
+        progress.note(f"{asked}layers are encoded on their own, not in order: the GPU's memory is too small for that")
         return False
     found = possible(stage.model_dir, stage.plan)
     if options.sequential and not found:

@@ -197,6 +197,10 @@ def test_rows_of_the_file():
     assert sorted(rows_in_file(rows, rows[order]).tolist()) == list(range(300))
     rounded = rows_in_file(rows.half().float(), rows[order].bfloat16().float())
     torch.testing.assert_close(rows[rounded], rows[order], rtol=2**-7, atol=0)
+    twice = torch.cat([rows[:150], torch.zeros(6, 64), rows[:150]])
+    order = torch.randperm(306)
+    found = rows_in_file(twice, twice[order])
+    assert torch.equal(twice[found], twice[order]) and sorted(found.tolist()) == list(range(306))
     assert rows_in_file(rows, -rows) is None and rows_in_file(rows[1:], rows) is None
     assert rows_in_file(rows, rows[[0, 0, *range(2, 300)]]) is None  # which the file has once
 

@@ -353,12 +353,13 @@ def possible(model_dir: Path, plan: Plan) -> bool:
 
 
 def open_twice(model_dir: Path, device: torch.device) -> tuple[BlockModel, BlockModel]:
-    """Copies of a model for which that is `possible`, in float32 on a CPU."""
+    """Copies of a model for which that is `possible`, in float32 on a CPU. Raises AthenaError if it is not."""
     import torch
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     original, quantized = (_opened(model_dir, device, dtype) for _ in range(2))
-    assert original is not None and quantized is not None
+    if original is None or quantized is None:
+        raise AthenaError(f"{model_dir}: the model cannot be run block by block; use --no-sequential")
     return original, quantized
 
 

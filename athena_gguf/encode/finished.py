@@ -14,7 +14,7 @@ from athena_gguf.encode.matrix import Encoded
 from athena_gguf.format import TYPES
 from athena_gguf.gguf_file.atomic import remove_all_abandoned, require_space, temporary_beside
 
-METHOD = 4  # raised when the same inputs are encoded otherwise
+METHOD = 5  # raised when the same inputs are encoded otherwise
 
 
 class FinishedTensors(Mapping[str, Encoded]):

@@ -15,7 +15,7 @@ from athena_gguf.encode.row_queue import RowEncoders
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import Tensor
 from athena_gguf.memory import cores
-from athena_gguf.model.rows import rows_in_file
+from athena_gguf.model.rows import PIECE, rows_in_file
 from athena_gguf.model.rows import same as same_rows
 from athena_gguf.plan import block_of
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 _EMBEDDINGS = "token_embd.weight"
-_PIECE = 1 << 24  # weights looked at in one go
 
 
 class InOrder:
@@ -97,7 +96,7 @@ class InOrder:
         ours, theirs = self.base.tensors[_EMBEDDINGS], self.prefix.embeddings
         data = self.writer.done.data(_EMBEDDINGS)
         quantized = Tensor(_EMBEDDINGS, ours.shape, self.plan.kind(_EMBEDDINGS), data)
-        found, step = torch.empty(theirs.shape, dtype=theirs.dtype), max(1, _PIECE // ours.columns)
+        found, step = torch.empty(theirs.shape, dtype=theirs.dtype), max(1, PIECE // ours.columns)
         same = ours.shape == tuple(theirs.shape)
         for a in range(0, len(found) if same else 0, step):
             rows = slice(a, a + step)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 _LINES = 64
-_PIECE = 1 << 24  # weights looked at in one go
+PIECE = 1 << 24  # weights looked at in one go
 
 
 def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Tensor | None:
@@ -23,25 +23,34 @@ def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Te
     # The nearest, as seen from some directions.
     lines = torch.randn(_LINES, file_rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     file, module = (rows.double() @ lines.T.to(rows.device) for rows in (file_rows, module_rows))
-    order = (2 * module @ file.T - file.square().sum(1)).argmax(1)
+    squares = file.square().sum(1)
+    pieces = module.split(max(1, PIECE // len(file)))
+    order = torch.cat([(2 * piece @ file.T - squares).argmax(1) for piece in pieces])
     if not same(file_rows[order], module_rows):
         return None
     # Rows that are equal may have found the same place: the others take those that are left.
-    first = torch.full_like(order, len(order)).scatter_reduce(0, order, torch.arange(len(order)).to(order), "amin")
-    left = (first == len(order)).nonzero()[:, 0].tolist()
-    for row in (first[order] != torch.arange(len(order)).to(order)).nonzero()[:, 0].tolist():
-        place = next((place for place in left if same(file_rows[place][None], module_rows[row][None])), None)
-        if place is None:
+    numbers = torch.arange(len(order), device=order.device)
+    first = torch.full_like(order, len(order)).scatter_reduce(0, order, numbers, "amin")
+    left, lost = (first == len(order)).nonzero()[:, 0], (first[order] != numbers).nonzero()[:, 0]
+    places: dict[bytes, list[int]] = {}
+    for place, row in zip(left.tolist(), _bytes(file_rows[left]), strict=True):
+        places.setdefault(row, []).append(place)
+    for number, row in zip(lost.tolist(), _bytes(file_rows[order[lost]]), strict=True):
+        found = places.get(row)
+        if not found:
             return None
-        order[row] = place
-        left.remove(place)
+        order[number] = found.pop()
     return order
+
+
+def _bytes(rows: torch.Tensor) -> list[bytes]:
+    return [row.tobytes() for row in (rows + 0.0).cpu().numpy()]  # -0 becomes 0
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """But for rounding to another type of 16 bits."""
     import torch
 
-    step = max(1, _PIECE // ours.shape[1])
+    step = max(1, PIECE // ours.shape[1])
     pieces = zip(ours.split(step), theirs.split(step), strict=True)
     return all(torch.allclose(a, b, rtol=2**-7, atol=2**-24) for a, b in pieces)
