@@ -45,8 +45,8 @@ class ConvertOptions:
     None for Q8_0, or chosen for the target. `calibration`: text files, or "self" for text that the model writes itself.
     `work_dir` keeps the base file and the curvature for further conversions of the same model; `base` is a base
     file made before. `sequential`: encode layers in order, under the inputs that they have behind those before, None
-    for where that is possible. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print the
-    plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
+    for where that is possible. `tune`: train scales and norms after encoding, None for on a GPU only. `dry_run`: print
+    the plan and write no result. `report`: folder of a model card (athena_gguf.report.card), `report_text`: to measure
     the KL divergence on for it. `trust_remote_code`: run Python code that comes with the model. `gpu_memory`,
     `host_memory`: what the work may take, None for most of what is free. `ray`: address of a Ray cluster that encodes
     (athena_gguf.cluster.connected)."""

@@ -15,8 +15,7 @@ from athena_gguf.encode.row_queue import RowEncoders
 from athena_gguf.errors import AthenaError
 from athena_gguf.gguf_file.reader import Tensor
 from athena_gguf.memory import cores
-from athena_gguf.model.rows import PIECE, rows_in_file
-from athena_gguf.model.rows import same as same_rows
+from athena_gguf.model.rows import PIECE, rows_in_file, same_rows
 from athena_gguf.plan import block_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Te
 
     if file_rows.shape != module_rows.shape:
         return None
-    if same(file_rows, module_rows):
+    if same_rows(file_rows, module_rows):
         return torch.arange(len(module_rows), device=module_rows.device)
     # The nearest, as seen from some directions.
     lines = torch.randn(_LINES, file_rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -26,7 +26,7 @@ def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Te
     squares = file.square().sum(1)
     pieces = module.split(max(1, PIECE // len(file)))
     order = torch.cat([(2 * piece @ file.T - squares).argmax(1) for piece in pieces])
-    if not same(file_rows[order], module_rows):
+    if not same_rows(file_rows[order], module_rows):
         return None
     # Rows that are equal may have found the same place: the others take those that are left.
     numbers = torch.arange(len(order), device=order.device)
@@ -35,11 +35,10 @@ def rows_in_file(file_rows: torch.Tensor, module_rows: torch.Tensor) -> torch.Te
     places: dict[bytes, list[int]] = {}
     for place, row in zip(left.tolist(), _bytes(file_rows[left]), strict=True):
         places.setdefault(row, []).append(place)
-    for number, row in zip(lost.tolist(), _bytes(file_rows[order[lost]]), strict=True):
-        found = places.get(row)
-        if not found:
-            return None
-        order[number] = found.pop()
+    taken = [of.pop() if (of := places.get(row)) else None for row in _bytes(file_rows[order[lost]])]
+    if None in taken:
+        return None
+    order[lost] = torch.tensor(taken, dtype=order.dtype, device=order.device)
     return order
 
 
@@ -47,7 +46,7 @@ def _bytes(rows: torch.Tensor) -> list[bytes]:
     return [row.tobytes() for row in (rows + 0.0).cpu().numpy()]  # -0 becomes 0
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def same_rows(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """But for rounding to another type of 16 bits."""
     import torch
 
